@@ -1,0 +1,94 @@
+"""What the scripts share: user errors, flags, and files that are written whole or not at all.
+
+A user's mistake is a `UserError`: `run` prints it as one line and exits with code 2. Anything else
+that goes wrong is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake in the input; its text is one sentence: what is wrong, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that answers a wrong flag with one line instead of the whole usage."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=(description or "").split("\n")[0], allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: an int or a float between `low` and `high`, both included."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            noun = "a whole number" if kind is int else "a number"
+            bound = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {bound}")
+        return value
+
+    return parse
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of every script that loads a model."""
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, help="a model.pth (default: SmolLM2-135M-Instruct)")
+    add(
+        "--device", help="cpu, cuda, cuda:1, mps, xpu (default: $DEVICE, else cuda if there is one)"
+    )
+    add("--precision", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--max_seq_length", type=number(int, 2), help="positions in the KV cache")
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Run `main` on the parsed command line; exit with 2 on a `UserError`, with 130 on Ctrl-C."""
+    try:
+        main(parser.parse_args())
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; `UserError` if the file cannot be read or is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object; fetch the file again")
+    return value
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, renamed onto `path` only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
