@@ -333,7 +333,7 @@ class Transformer(nn.Module):
     def from_checkpoint(
         cls, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
     ) -> Transformer:
-        """Build the model that `path` holds: its shape from the folder, its weights memory-mapped."""
+        """Build the model in the file `path`, memory-mapped; its shape comes from the folder."""
         state = load_state(path)
         args = ModelArgs.from_folder(path.parent)
         with torch.device("meta"):

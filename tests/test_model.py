@@ -1,0 +1,260 @@
+"""The network equals Hugging Face's on every family, and a checkpoint loads or says why not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from cli import UserError
+from conftest import CONFIG, random_model, write_checkpoint
+from model import PRESETS, ModelArgs, Transformer, find_device
+from scripts.convert_hf_checkpoint import convert
+
+SHAPE = dict(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=96,
+    vocab_size=128,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
+MODELS = {
+    "llama": ("Llama", {}),
+    "llama multi-head": ("Llama", dict(num_key_value_heads=4)),
+    "llama tied": ("Llama", dict(tie_word_embeddings=True)),
+    "llama head_dim": ("Llama", dict(head_dim=32)),
+    "llama 3 scaling": ("Llama", dict(rope_parameters=LLAMA3)),
+    "llama linear scaling": ("Llama", dict(rope_parameters=LINEAR)),
+    "llama biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "mistral": ("Mistral", dict(sliding_window=None)),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", dict(head_dim=32)),
+}
+
+
+def hf_model(family: str, options: dict) -> transformers.PreTrainedModel:
+    """A random model of transformers with norms and biases that are not trivial."""
+    torch.manual_seed(1)
+    config = getattr(transformers, family + "Config")(**SHAPE | options)
+    model = getattr(transformers, family + "ForCausalLM")(config).float().eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.data += torch.randn_like(parameter) * 0.3
+    return model.requires_grad_(False)
+
+
+def worst(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_logits_equal_transformers(name, shards, tmp_path):
+    theirs = hf_model(*MODELS[name])
+    theirs.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "100KB")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards > 1)
+    ours = Transformer.from_checkpoint(convert(tmp_path, torch.float32), dtype=torch.float32)
+
+    tokens = torch.randint(128, (2, 150), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(150).expand(2, 150)
+    expected = theirs(tokens).logits
+    ours.setup_caches(2, 200)
+    assert worst(ours(tokens, positions, ours.kv_steps(150)), expected) < 1e-4
+    ours.setup_caches(2, 200)  # an empty cache again
+    for t in range(150):
+        column = slice(t, t + 1)
+        logits = ours(tokens[:, column], positions[:, column], ours.kv_steps(t + 1))
+        assert worst(logits, expected[:, column]) < 1e-4, t
+
+
+def test_old_config_spelling_of_rope_scaling():
+    new = ModelArgs.from_config(CONFIG | {"rope_parameters": LLAMA3})
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    old = ModelArgs.from_config(CONFIG | {"rope_theta": 500000.0, "rope_scaling": scaling})
+    assert new.rope_base == old.rope_base == 500000.0
+    assert scaling.items() <= new.rope_scaling.items() and old.rope_scaling == scaling
+
+
+def test_sliding_window_bounds_the_context():
+    mistral = SHAPE | {"model_type": "mistral", "sliding_window": 100}
+    assert ModelArgs.from_config(mistral).block_size == 100
+    qwen = SHAPE | {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": False}
+    assert ModelArgs.from_config(qwen).block_size == 256
+    assert ModelArgs.from_config(qwen | {"use_sliding_window": True}).block_size == 100
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model_type": "gemma3"}, "gemma3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial"),
+    ],
+)
+def test_what_the_network_is_not_is_refused_by_name(change, named):
+    with pytest.raises(UserError, match=named):
+        ModelArgs.from_config(CONFIG | change)
+
+
+def test_a_config_that_lacks_a_size_is_refused():
+    with pytest.raises(UserError, match="hidden_size"):
+        ModelArgs.from_config({k: v for k, v in CONFIG.items() if k != "hidden_size"})
+
+
+@pytest.mark.parametrize(
+    "preset, parameters",  # as published, in millions
+    [
+        ("llama-2-7b", 6738.4),
+        ("llama-2-13b", 13015.9),
+        ("llama-2-70b", 68976.6),
+        ("codellama-7b", 6738.5),
+        ("codellama-34b", 33744.0),
+        ("llama-3-8b", 8030.3),
+        ("llama-3-70b", 70553.7),
+        ("llama-3.1-8b", 8030.3),
+        ("llama-3.1-405b", 405853.4),
+        ("llama-3.2-1b", 1235.8),
+        ("llama-3.2-3b", 3212.7),
+        ("mistral-7b", 7241.7),
+        ("tinyllama-1.1b", 1100.0),
+        ("smollm2-135m", 134.5),
+        ("smollm2-360m", 361.8),
+        ("smollm2-1.7b", 1711.4),
+        ("stories15m", 15.2),
+        ("stories260k", 0.26),
+    ],
+)
+def test_presets_have_the_published_size(preset, parameters):
+    with torch.device("meta"):
+        model = Transformer(PRESETS[preset])
+    if PRESETS[preset].tied:
+        model.output.weight = model.tok_embeddings.weight
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, rel=2e-3)
+
+
+def test_a_folder_without_config_is_taken_by_its_name(tmp_path):
+    for folder, preset in (
+        ("Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("CodeLlama-7b-Python-hf", "codellama-7b-python"),
+        ("stories260K", "stories260k"),
+    ):
+        (tmp_path / folder).mkdir()
+        assert ModelArgs.from_folder(tmp_path / folder) == PRESETS[preset]
+    (tmp_path / "my-model").mkdir()
+    with pytest.raises(UserError, match="my-model has no config.json.*stories260k"):
+        ModelArgs.from_folder(tmp_path / "my-model")
+
+
+def test_separate_q_k_v_of_older_files_load(tmp_path):
+    path = write_checkpoint(tmp_path)
+    whole = torch.load(path)
+    split = {}
+    for name, tensor in whole.items():
+        if name.endswith("wqkv.weight"):
+            for part, rows in zip("qkv", tensor.split((48, 16, 16)), strict=True):
+                split[name.replace("wqkv", "w" + part)] = rows.clone()
+        else:
+            split[name] = tensor
+    torch.save(split | {"rope.freqs": torch.zeros(4)}, path)
+    loaded = Transformer.from_checkpoint(path, dtype=torch.float32).state_dict()
+    assert loaded.keys() == whole.keys()
+    assert all(torch.equal(loaded[name], whole[name]) for name in whole)
+
+
+def test_loading_maps_the_file_and_copies_nothing(tmp_path):
+    path = write_checkpoint(tmp_path, dtype=torch.bfloat16)
+    model = Transformer.from_checkpoint(path)
+    starts = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert max(starts) - min(starts) < path.stat().st_size  # all lie in one mapping of the file
+    with open("/proc/self/maps") as maps:
+        mapped = [line.split()[0].split("-") for line in maps if str(path) in line]
+    low, high = int(mapped[0][0], 16), int(mapped[-1][1], 16)
+    assert all(low <= start < high for start in starts)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16])
+def test_precision_is_what_was_asked_for(precision, tmp_path):
+    model = Transformer.from_checkpoint(write_checkpoint(tmp_path), dtype=precision)
+    model.setup_caches(1, 16)
+    logits = model(torch.tensor([[1]]), torch.tensor([[0]]), 16)
+    assert (
+        logits.dtype == precision and model.layers[0].attention.kv_cache.k_cache.dtype == precision
+    )
+
+
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        (lambda path: path.unlink(), "there is no checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-4000]), "not a whole state dict"),
+        (lambda path: path.write_bytes(b""), "not a whole state dict"),
+        (lambda path: path.write_text("hello"), "not a whole state dict"),
+        (lambda path: torch.save([1, 2], path), "not a whole state dict"),
+        (lambda path: torch.save({"model": {}}, path), "not a whole state dict"),
+        (lambda path: torch.save({}, path), "lacks the tensor tok_embeddings.weight"),
+        (
+            lambda path: torch.save(random_model(CONFIG | {"vocab_size": 301}).state_dict(), path),
+            r"tok_embeddings.weight has shape \[301, 48\], not \[300, 48\]",
+        ),
+        (
+            lambda path: torch.save(torch.load(path) | {"extra.weight": torch.zeros(1)}, path),
+            "extra.weight",
+        ),
+        (lambda path: (path.parent / "config.json").write_text("{"), "config.json as JSON"),
+    ],
+)
+def test_a_checkpoint_that_does_not_load_says_why(damage, named, tmp_path):
+    path = write_checkpoint(tmp_path)
+    damage(path)
+    with pytest.raises(UserError, match=named):
+        Transformer.from_checkpoint(path)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path)
+    torch.save({"tok_embeddings.weight": Path("code")}, path)
+    with pytest.raises(UserError, match="not a whole state dict"):
+        Transformer.from_checkpoint(path)
+
+
+def test_kv_steps_cover_what_is_filled_and_little_more():
+    model = Transformer(ModelArgs.from_config(CONFIG))
+    model.max_seq_length = 8000
+    for length in range(1, 8001):
+        steps = model.kv_steps(length)
+        assert length <= steps <= min(max(length + 63, length * 9 / 8), 8000)
+    assert len({model.kv_steps(length) for length in range(1, 8001)}) < 60
+
+
+def test_bytes_per_step_counts_weights_once_and_the_cache():
+    model = random_model(CONFIG | {"tie_word_embeddings": True}, torch.bfloat16)
+    model.output.weight = model.tok_embeddings.weight
+    model.setup_caches(3, 64)
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    per_position = 2 * 2 * 2 * 8 * 2  # layers, keys and values, KV heads, head_dim, bytes
+    assert model.bytes_per_step(0) == weights
+    assert model.bytes_per_step(10) == weights + 3 * 10 * per_position
+
+
+def test_a_device_that_is_not_here_is_refused(monkeypatch):
+    for name in ("gpu", "cuda:99", "meta"):
+        with pytest.raises(UserError, match=name):
+            find_device(name)
+    monkeypatch.setenv("DEVICE", "nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        find_device(None)
+    assert find_device("cpu") == torch.device("cpu")

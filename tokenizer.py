@@ -1,0 +1,265 @@
+"""Text to token ids and back, for the three tokenizers that Llama-family checkpoints come with.
+
+They are Hugging Face's `tokenizer.json`, a SentencePiece `tokenizer.model`, and the rank file that
+Llama 3 ships under that same name. Two ideas keep this small. Every token is a few bytes, so
+decoding is joining bytes, and a stream holds back what is not yet a whole character. And what a
+person types is never control: the libraries know pieces of text only, control tokens are put
+between them here, and nothing but a chat template can ask for one.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import json
+import re
+import time
+from pathlib import Path
+
+from cli import UserError, read_json
+
+MARK = "\ufdd0"  # Unicode sets this code point aside for use inside programs: no text has it
+
+# Byte-level BPE spells a byte as a printable character: itself, or one from U+0100 on.
+OTHERS = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
+BYTE_CHARS = [chr(0x100 + OTHERS.index(b) if b in OTHERS else b) for b in range(256)]
+CHAR_BYTES = {char: bytes([byte]) for byte, char in enumerate(BYTE_CHARS)}
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIALS = (  # in the places after the ranks; `-` and all the rest of 256 are reserved
+    "begin_of_text end_of_text - - finetune_right_pad_id - "
+    "start_header_id end_header_id eom_id eot_id python_tag" + " -" * 245
+)
+
+# The chat formats of Llama 3 and Llama 2, for checkpoints that come without a template.
+LLAMA3_CHAT = r"""<|begin_of_text|>{% for message in messages + [{"role": "assistant"}] %}
+{{- "<|start_header_id|>" ~ message.role ~ "<|end_header_id|>\n\n" }}
+{{- message.content | trim ~ "<|eot_id|>" if not loop.last }}{% endfor %}"""
+LLAMA2_CHAT = r"""{% set system = messages[0].content if messages[0].role == "system" %}
+{%- for message in messages if message.role != "system" %}
+{%- set lead = "<<SYS>>\n" ~ system ~ "\n<</SYS>>\n\n" if system and loop.first %}
+{{- "<s>[INST] " ~ (lead ~ message.content) | trim ~ " [/INST]" if message.role == "user"
+    else " " ~ message.content | trim ~ " </s>" }}{% endfor %}"""
+BUILT_IN = {"<|start_header_id|>": LLAMA3_CHAT, "</s>": LLAMA2_CHAT}  # by a token of theirs
+
+
+def clean(text: str) -> str:
+    """Put U+FFFD in place of what has no UTF-8, and of MARK."""
+    return re.sub(f"[\ud800-\udfff{MARK}]", "\ufffd", text)
+
+
+def any_of(names: dict[str, int]) -> str:
+    """A regular expression for any of `names`, the longest one that is there."""
+    return "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint folder.
+
+    `bos_id` is None where there is none, `eos_ids` holds every id that ends a text or a turn,
+    `vocab_size` is one more than the highest id, `text_size` one more than the highest that plain
+    text can give, and `chat_template` is None where `chat` fails.
+    """
+
+    def __init__(self, encode, pieces: dict, special: dict, visible: dict, bos_id, eos_id):
+        """`special` control tokens are not shown, `visible` ones are, all by name; -1 is no id.
+
+        `encode` gives the ids of a text, and is told whether it is the start of a whole one.
+        """
+        self.encode_part, self.special, self.controls = encode, special, special | visible
+        self.pieces = {i: piece for piece, i in (pieces | visible).items()}
+        self.pieces |= dict.fromkeys(special.values(), "")
+        self.vocab_size, self.text_size = max(self.pieces) + 1, max(pieces.values()) + 1
+        self.alphabet = {"▁": b" "} if "▁" in pieces else CHAR_BYTES
+        # Decoding takes away the one space that encoding put before the text, if it did.
+        self.lead = b" " * any(self.pieces[i].startswith("▁") for i in encode("a", True))
+        # A control token that is a piece too could be typed: its characters stand for its id then.
+        names = self.controls.items()
+        self.means = {i: [pieces[c] for c in name if c in pieces] for name, i in names}
+        self.means |= {name: [i] for name, i in names}
+        self.bos_id, self.eos_ids = (bos_id if bos_id >= 0 else None), {eos_id}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Open the tokenizer of a checkpoint folder, and add what its other files say about it."""
+        self = open_folder(folder)
+        files = [folder / f"{x}config.json" for x in ("tokenizer_", "generation_", "")]
+        config, *others = [read_json(file) if file.is_file() else {} for file in files]
+        flat = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
+        self.names = {key: flat[key] for key in ("bos_token", "eos_token") if flat.get(key)}
+        adds_bos = flat.get("add_bos_token")
+        self.adds_bos = self.bos_id is not None if adds_bos is None else adds_bos
+        self.bos_id = self.controls.get(self.names.get("bos_token"), self.bos_id)
+        ends = [self.names.get("eos_token"), "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
+        self.eos_ids |= {self.controls.get(name) for name in ends}
+        for ids in [other.get("eos_token_id") for other in others]:
+            self.eos_ids |= set(ids if isinstance(ids, list) else [ids])
+        self.eos_ids &= set(range(self.vocab_size))
+
+        template, path = config.get("chat_template"), folder / "chat_template.jinja"
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if path.is_file():
+            template = path.read_text(encoding="utf-8", errors="replace")
+        built_in = (chat for name, chat in BUILT_IN.items() if name in self.controls)
+        self.chat_template = template or next(built_in, None)
+        return self
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of plain text, after BOS if the model wants it; `</s>` in it is four characters."""
+        start = [self.bos_id] if bos and self.adds_bos and self.bos_id is not None else []
+        return start + self.encode_marked(clean(text))
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of text in which MARK and the name of a control token stand for that token."""
+        ids = []
+        for i, part in enumerate(re.split(f"{MARK}({any_of(self.controls)})", text)):
+            found = [part] if i % 2 else self.encode_part(part, i == 0)
+            ids += [k for j in found for k in self.means.get(j, [j])]
+        return ids
+
+    def chat(self, messages: list[dict]) -> list[int]:
+        """Ids of a conversation of {"role", "content"}, up to where the assistant is to speak.
+
+        Names of control tokens within a message hold a MARK while the template is filled in, and
+        so stay text. Only the assistant's own visible ones, such as </think>, are what they say.
+        """
+        import jinja2.sandbox
+
+        def fail(message: str):
+            raise jinja2.TemplateError(message)
+
+        def guard(role: str, content: str) -> str:
+            names = any_of(self.special if role == "assistant" else self.controls)
+            return re.sub(f"(?={names}).", rf"\g<0>{MARK}", clean(content), flags=re.DOTALL)
+
+        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        sandbox.globals |= {"raise_exception": fail, "strftime_now": time.strftime}
+        sandbox.filters["tojson"] = lambda x, **k: json.dumps(x, **({"ensure_ascii": False} | k))
+        messages = [m | {"content": guard(m["role"], m["content"])} for m in messages]
+        try:
+            template = sandbox.from_string(self.chat_template or "{{ raise_exception('missing') }}")
+            text = template.render(messages=messages, add_generation_prompt=True, **self.names)
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise UserError(f"the chat template fails ({error}); --no-chat goes without") from None
+        names = f"{MARK}|({any_of(self.controls)})"
+        return self.encode_marked(re.sub(names, lambda m: MARK + m[1] if m[1] else "", text))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, without special tokens; bytes that are not UTF-8 give U+FFFD."""
+        stream = StreamDecoder(self)
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for: none for a special token or an unknown id."""
+        piece = self.pieces.get(token, "")
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes.fromhex(piece[3:5])
+        return b"".join(self.alphabet.get(char) or char.encode() for char in piece)
+
+
+class StreamDecoder:
+    """Text of ids that come one by one after a prompt, in whole characters.
+
+    Exactly what `decode` makes of the prompt and the ids, less what it makes of the prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int] = ()):
+        self.tokenizer, self.lead = tokenizer, tokenizer.lead
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in prompt_ids:
+            self.push(token)
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes."""
+        data = self.tokenizer.token_bytes(token)
+        text = self.utf8.decode(data.removeprefix(self.lead))
+        self.lead = b"" if data else self.lead
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was cut off."""
+        return self.utf8.decode(b"", final=True)
+
+
+# ---- The three kinds of file -------------------------------------------------------------------
+
+
+def open_folder(folder: Path) -> Tokenizer:
+    """Open tokenizer.json, else tokenizer.model, whose content says which kind it is."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        path = folder / "tokenizer.model"
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            return open_json(data)
+        return open_ranks(data) if re.match(rb"\S+ \d+\s", data) else open_sentencepiece(data)
+    except ImportError as error:
+        raise UserError(f"{path} needs a package; pip install {error.name}") from None
+    except Exception as error:  # of any class: the libraries have none of their own
+        what = f"cannot read a tokenizer from {path} ({error})"
+        raise UserError(f"{what}; copy its tokenizer.json or tokenizer.model there") from None
+
+
+def open_sentencepiece(data: bytes) -> Tokenizer:
+    """Open a SentencePiece model."""
+    from sentencepiece import SentencePieceProcessor
+
+    library = SentencePieceProcessor(model_proto=data)
+    pieces = {library.id_to_piece(i): i for i in range(len(library))}
+    special = {piece: i for piece, i in pieces.items() if library.is_control(i)}
+    ends = library.bos_id(), library.eos_id()
+    return Tokenizer(lambda text, _: library.encode(text), pieces, special, {}, *ends)
+
+
+def open_json(data: bytes) -> Tokenizer:
+    """Open a tokenizer.json; its post-processor says whether a text starts with BOS."""
+    import tokenizers
+
+    content = json.loads(data)
+    special, visible = {}, {}
+    for token in content["added_tokens"]:
+        (special if token["special"] else visible)[token["content"]] = token["id"]
+    content |= {"added_tokens": [], "truncation": None, "padding": None}
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    first, empty = (library.encode(text).ids[:1] for text in ("a", ""))
+    return from_library(library, special, visible, first[0] if first and first == empty else -1)
+
+
+def open_ranks(data: bytes) -> Tokenizer:
+    """Open a Llama-3 rank file, lines of `base64 rank`: two parts merge if the whole has a rank."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    lines = [line.split() for line in data.splitlines()]
+    tokens = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    if list(tokens.values()) != list(range(len(lines))):
+        raise ValueError("a rank or a token is missing, or there twice")
+    pieces = {"".join(BYTE_CHARS[b] for b in token): rank for token, rank in tokens.items()}
+    pairs = ((piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece)))
+    merges = [(left, right) for left, right in pairs if left in pieces and right in pieces]
+    library = Tokenizer(models.BPE(pieces, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    reserved = (f"reserved_special_token_{i}" for i in range(248))
+    names = [next(reserved) if name == "-" else name for name in LLAMA3_SPECIALS.split()]
+    special = {f"<|{name}|>": i for i, name in enumerate(names, len(pieces))}
+    return from_library(library, special, {}, len(pieces))
+
+
+def from_library(library, special: dict, visible: dict, bos_id: int) -> Tokenizer:
+    """Make the tokenizer of a `tokenizers.Tokenizer` that has no added tokens."""
+    pieces = library.get_vocab()
+    library.add_special_tokens([MARK])  # text after a MARK is not the start of a text
+
+    def encode(text: str, is_start: bool) -> list[int]:
+        ids = library.encode(text if is_start else MARK + text, add_special_tokens=False).ids
+        return ids if is_start else ids[1:]
+
+    return Tokenizer(encode, pieces, special, visible, bos_id, -1)
