@@ -1,0 +1,392 @@
+"""Turn a GGUF file into a checkpoint folder: `model.pth`, `config.json` and the tokenizer's files.
+
+GGUF is the format of llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Its
+weights, quantized or not, become floats again. Its metadata say what the model's published
+configuration said; the files written here say it in the published format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGUFReader, dequantize
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cli import Parser, UserError, replacing, run
+from model import ModelArgs
+from scripts.convert_hf_checkpoint import PRECISIONS, assemble, check_names, parts, save_state
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral models call themselves llama
+
+# What llama.cpp calls each tensor, by the keys of convert_hf_checkpoint.HF_NAMES.
+GGUF_NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "layer": "blk.{}.",
+    "wq": "attn_q",
+    "wk": "attn_k",
+    "wv": "attn_v",
+    "wo": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "w1": "ffn_gate",
+    "w2": "ffn_down",
+    "w3": "ffn_up",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+}
+
+# ------------------------------------------------------------------------------------------------
+# The file
+
+
+class Metadata(dict):
+    """The key-value pairs of a GGUF file; a missing one is a `UserError`."""
+
+    def __init__(self, path: Path, reader: GGUFReader):
+        super().__init__({name: field.contents() for name, field in reader.fields.items()})
+        self.path = path
+
+    def __missing__(self, key: str):
+        raise UserError(f"{self.path} has no {key} in its metadata; convert another file")
+
+
+def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
+    """Read everything but the weights; `UserError` if the file is not one whole GGUF file."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; pass a .gguf file to --gguf")
+    try:
+        reader = GGUFReader(path)
+        meta = Metadata(path, reader)
+    except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError) as error:
+        raise UserError(f"{path} is not a whole GGUF file ({error}); download it again") from None
+    if reader.byte_order != "I":
+        raise UserError(f"{path} was made for a machine of the other byte order; convert another")
+    if meta.get("split.count", 1) > 1 or re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name):
+        raise UserError(f"{path} is one part of a model; join them by llama-gguf-split --merge")
+    if meta["general.architecture"] not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"{path} is a {meta['general.architecture']} model; use one of {known}")
+    return reader, meta
+
+
+def read_tensors(path: Path, reader: GGUFReader, dtype: torch.dtype) -> Iterator:
+    """Yield `(file, name, tensor)` of all weights, dequantized a few rows at a time."""
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            continue
+        # Mapped anew, so that what has been read no longer counts as memory.
+        where = {"offset": tensor.data_offset, "shape": tensor.data.shape}
+        rows = np.memmap(path, tensor.data.dtype, "r", **where)  # [out, bytes of a row]
+        result = torch.empty(tensor.shape.tolist()[::-1], dtype=dtype)  # [out, in]
+        step = max(1, (1 << 20) // result[0].numel())
+        for start in range(0, len(rows), step):
+            try:
+                floats = dequantize(rows[start : start + step], tensor.tensor_type)
+            except NotImplementedError:
+                kind = tensor.tensor_type.name
+                raise UserError(f"{path}: {tensor.name} is {kind}, which is not known") from None
+            result[start : start + step] = torch.from_numpy(np.array(floats, np.float32))
+        yield path, tensor.name, result
+
+
+# ------------------------------------------------------------------------------------------------
+# The configuration
+
+
+def shortest(value: float) -> float:
+    """The float with the fewest digits that is this float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def llama3_scaling(factors: Tensor, rope_theta: float) -> dict:
+    """The `rope_scaling` of Llama 3.1 that the divisors `[D/2]` in a GGUF file were made by."""
+    factor = factors.max().item()
+    exponents = torch.arange(len(factors)) / len(factors)
+    turns = 8192 / (2 * torch.pi * rope_theta**exponents)  # in the context of the first training
+    keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
+    if not torch.allclose(factors, 1 / (keep + (1 - keep) / factor), rtol=1e-3):
+        raise UserError("its rope_freqs.weight is not the scaling of Llama 3; use another model")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def rope_scaling(meta: Metadata, reader: GGUFReader, rope_theta: float) -> dict | None:
+    """How the rotary angles are stretched, as a published config.json says it."""
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight" and tensor.data.max() != 1:
+            return llama3_scaling(torch.from_numpy(np.array(tensor.data)), rope_theta)
+    rope = f"{meta['general.architecture']}.rope"
+    factor = meta.get(f"{rope}.scaling.factor") or meta.get(f"{rope}.scale_linear") or 1.0
+    kind = meta.get(f"{rope}.scaling.type", "linear")
+    return None if kind == "none" or factor == 1 else {"rope_type": kind, "factor": factor}
+
+
+def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict:
+    """The published `config.json` of the model; `UserError` on what it could not express."""
+    arch = meta["general.architecture"]
+    shapes = {tensor.name: tensor.shape.tolist()[::-1] for tensor in reader.tensors}
+    dim, heads = meta[f"{arch}.embedding_length"], meta[f"{arch}.attention.head_count"]
+    kv_heads = meta.get(f"{arch}.attention.head_count_kv", heads)
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise UserError(f"{meta.path} has other head counts in each layer; use another model")
+    head_dim = meta.get(f"{arch}.attention.key_length", dim // heads)
+    for key, known in (
+        ("expert_count", 0),
+        ("attention.value_length", head_dim),
+        ("rope.dimension_count", head_dim),
+    ):
+        value = meta.get(f"{arch}.{key}", known)
+        if value != known:
+            raise UserError(f"{meta.path}: {key} {value} is not supported, only {known}")
+    rope_theta = shortest(meta.get(f"{arch}.rope.freq_base", 10000.0))
+    return {
+        "model_type": arch,
+        "hidden_size": dim,
+        "num_hidden_layers": meta[f"{arch}.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": meta[f"{arch}.feed_forward_length"],
+        "vocab_size": shapes.get("token_embd.weight", [0])[0],
+        "max_position_embeddings": meta[f"{arch}.context_length"],
+        "rms_norm_eps": shortest(meta[f"{arch}.attention.layer_norm_rms_epsilon"]),
+        "rope_theta": rope_theta,
+        "rope_scaling": rope_scaling(meta, reader, rope_theta),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# The tokenizer
+
+# The numbers of GGUF's token types are those of SentencePiece.
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+
+LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
+QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
+
+# The two patterns differ in how many digits make a word: up to three, or one.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    """How text is cut into words before the merges, by the name llama.cpp has for it."""
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre in ("default", "gpt-2"):
+        return gpt2
+    if pre == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    if pre in LLAMA3_PRE or pre in QWEN2_PRE:
+        words = Regex(WORDS % ("{1,3}" if pre in LLAMA3_PRE else ""))
+        split = pre_tokenizers.Split(words, behavior="isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([split, to_bytes])
+    raise UserError(
+        f"the pre-tokenizer {pre!r} is not known; take the tokenizer.json of the original model"
+    )
+
+
+def adds_bos(meta: Metadata) -> bool:
+    """Whether a text starts with BOS; where a file does not say, llama.cpp decides like this."""
+    sentencepiece = meta["tokenizer.ggml.model"] == "llama"
+    default = sentencepiece or meta.get("tokenizer.ggml.pre") in LLAMA3_PRE
+    return meta.get("tokenizer.ggml.add_bos_token", default)
+
+
+def byte_level_tokenizer(meta: Metadata) -> bytes:
+    """The `tokenizer.json` of a byte-level BPE vocabulary."""
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    pre = meta.get("tokenizer.ggml.pre", "default")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    try:
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in LLAMA3_PRE))
+    except Exception as error:  # the library has no exception of its own
+        raise UserError(f"{meta.path} has merges that do not fit its tokens ({error})") from None
+    if pre in QWEN2_PRE:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos(meta):
+        bos = meta["tokenizer.ggml.bos_token_id"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=["<bos>", "$A"],
+            pair=["<bos>", "$A", "$B"],
+            special_tokens=[{"id": "<bos>", "ids": [bos], "tokens": [tokens[bos]]}],
+        )
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
+    return tokenizer.to_str(pretty=True).encode()
+
+
+def varint(value: int) -> bytes:
+    """A whole number in protobuf's base 128, lowest digits first."""
+    value &= (1 << 64) - 1  # a negative one as two's complement
+    digits = []
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+def protobuf(*fields: tuple[int, float | int | str | bytes]) -> bytes:
+    """A protobuf message of `(number, value)` fields; a bytes value is a message itself."""
+    message = bytearray()
+    for number, value in fields:
+        if isinstance(value, float):
+            message += varint(number << 3 | 5) + struct.pack("<f", value)
+        elif isinstance(value, int):
+            message += varint(number << 3) + varint(value)
+        else:
+            content = value.encode() if isinstance(value, str) else value
+            message += varint(number << 3 | 2) + varint(len(content)) + content
+    return bytes(message)
+
+
+def sentencepiece_model(meta: Metadata) -> bytes:
+    """The `tokenizer.model` of a SentencePiece vocabulary.
+
+    The field numbers are those of sentencepiece_model.proto in
+    https://github.com/google/sentencepiece.
+    """
+    tokens, types = meta["tokenizer.ggml.tokens"], list(meta["tokenizer.ggml.token_type"])
+    scores = meta["tokenizer.ggml.scores"]
+    unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
+    types[unknown] = UNKNOWN  # SentencePiece insists on one
+    pieces = []
+    for token, score, kind in zip(tokens, scores, types, strict=True):
+        if kind == USER_DEFINED:  # llama.cpp keeps these as they stand in the text
+            token = token.replace(" ", "\u2581")
+        pieces.append((1, protobuf((1, token), (2, float(score)), (3, kind))))
+    # 3: byte-pair merges by score, 35: characters that are no token become bytes
+    trainer = [(3, 2), (4, len(tokens)), (35, 1), (40, unknown), (45, tokens[unknown])]
+    for number, role in ((41, "bos"), (42, "eos"), (43, "padding")):
+        token_id = meta.get(f"tokenizer.ggml.{role}_token_id", -1)
+        trainer += [(number, token_id)]
+        if token_id >= 0:
+            trainer += [(number + 5, tokens[token_id])]
+    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
+    normalizer = [(1, "identity"), (3, int(prefix)), (4, 0), (5, 1)]
+    return protobuf(*pieces, (2, protobuf(*trainer)), (3, protobuf(*normalizer)))
+
+
+def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
+    """Everything about tokens that is published with a model, by file name."""
+    kind = meta["tokenizer.ggml.model"]
+    makers = {
+        "gpt2": ("tokenizer.json", byte_level_tokenizer, "PreTrainedTokenizerFast"),
+        "llama": ("tokenizer.model", sentencepiece_model, "LlamaTokenizer"),
+    }
+    if kind not in makers:
+        raise UserError(f"{meta.path} has a {kind!r} tokenizer; only gpt2 and llama are known")
+    name, make, tokenizer_class = makers[kind]
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    ids = {
+        role: meta[f"tokenizer.ggml.{role}_token_id"]
+        for role in ("bos", "eos", "eot", "eom")  # eot ends a turn, eom a call of a tool
+        if f"tokenizer.ggml.{role}_token_id" in meta
+    }
+    stops = [ids[role] for role in ("eos", "eot", "eom") if role in ids]
+    config = {
+        "tokenizer_class": tokenizer_class,
+        "add_bos_token": adds_bos(meta),
+        "add_eos_token": meta.get("tokenizer.ggml.add_eos_token", False),
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {
+            str(i): {"content": token, "special": kind == CONTROL}
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        },
+    }
+    config |= {f"{role}_token": tokens[ids[role]] for role in ("bos", "eos") if role in ids}
+    if "tokenizer.chat_template" in meta:
+        config["chat_template"] = meta["tokenizer.chat_template"]
+    generation = {"eos_token_id": list(dict.fromkeys(stops))}
+    if "bos" in ids:
+        generation["bos_token_id"] = ids["bos"]
+    return {
+        name: make(meta),
+        "tokenizer_config.json": config,
+        "generation_config.json": generation,
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole
+
+
+def convert(gguf_path: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Make a checkpoint in `folder` of the model in `gguf_path`; return the path of model.pth."""
+    reader, meta = open_gguf(gguf_path)
+    config = build_config(meta, reader, dtype)
+    try:
+        args = ModelArgs.from_config(config)
+    except UserError as error:
+        raise UserError(f"{gguf_path}, as {error}") from None
+    # llama.cpp has interleaved the heads of a llama already, and left those of a qwen as they were.
+    table = parts(args, GGUF_NAMES, halves=config["model_type"] != "llama")
+    names = {tensor.name for tensor in reader.tensors} - {"rope_freqs.weight"}
+    check_names(gguf_path, names, table)
+    files = {"config.json": config} | tokenizer_files(meta)
+    state = assemble(args, table, read_tensors(gguf_path, reader, dtype), dtype)
+    with replacing(folder / "model.pth") as model:
+        save_state(state, model)
+        for name, content in files.items():
+            with replacing(folder / name) as temporary:
+                if isinstance(content, dict):
+                    content = (json.dumps(content, indent=2) + "\n").encode()
+                temporary.write_bytes(content)
+        # model.pth gets its name only now: where it is, everything else is.
+    return folder / "model.pth"
+
+
+def main(args: argparse.Namespace) -> None:
+    print(convert(args.gguf, args.checkpoint_dir, getattr(torch, args.precision)))
+
+
+if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("--gguf", type=Path, required=True, help="the file to convert")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
+    run(main, parser)

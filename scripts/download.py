@@ -1,0 +1,172 @@
+"""Download what is needed of a model from the Hugging Face hub into `checkpoints/<org>/<name>`.
+
+That is the configuration, the tokenizer, and the weights once: safetensors if there are any, else
+`pytorch_model*.bin`. What is there already is not fetched again. The folder is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import shutil
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cli import Parser, UserError, read_json, run
+from model import FAMILIES
+
+SMALL_FILES = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+}
+
+# What failing connections raise. The first is of the HTTP library, which has changed before; the
+# last comes from the transfer of large files.
+UNREACHABLE = (
+    HfHubHTTPError.__bases__[0],
+    LocalEntryNotFoundError,
+    ConnectionError,
+    TimeoutError,
+    RuntimeError,
+)
+
+
+def choose_files(names: set[str]) -> set[str]:
+    """The files to fetch, of the names of all files in a repository; empty if there are no weights.
+
+    Folders are left alone: they hold other formats, such as Meta's own weights in `original`.
+    """
+    root = {name for name in names if "/" not in name}
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        # `consolidated` is a second copy of the weights under other names, `adapter` is a LoRA.
+        weights = {
+            name
+            for name in root
+            if fnmatch(name, pattern) and not name.startswith(("consolidated", "adapter"))
+        }
+        if weights:
+            index = {name for name in root if fnmatch(name, f"{pattern}.index.json")}
+            return weights | index | (root & SMALL_FILES)
+    return set()
+
+
+@contextlib.contextmanager
+def explaining(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn refusals of the hub and failures of the network into `UserError`s with a URL."""
+    page = f"{ENDPOINT}/{repo_id}"
+    try:
+        yield
+    except HFValidationError:
+        message = f"{repo_id!r} is no model's name; pass org/name, as in {ENDPOINT}/<org>/<name>"
+    except GatedRepoError:  # before its parent, RepositoryNotFoundError
+        message = (
+            f"{repo_id} is gated; visit {page}, accept the licence there, "
+            "and pass --hf_token with a token of the same account"
+        )
+    except RepositoryNotFoundError:
+        message = (
+            f"the hub shows no model {repo_id}; check its name at {page}, "
+            "and pass --hf_token if it is private"
+        )
+    except RevisionNotFoundError:
+        message = f"{repo_id} has no revision {revision!r}; choose one at {page}/tree/main"
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            message = f"the hub refuses the token; make a new one at {ENDPOINT}/settings/tokens"
+        else:
+            message = f"the hub answered with status {status} for {page}; try again later"
+    except OfflineModeIsEnabled:
+        message = f"HF_HUB_OFFLINE is set, so {page} was not asked; unset it"
+    except UNREACHABLE as error:
+        reason = f"{error.__cause__ or error}".split("\n")[0]
+        message = f"cannot reach {page} ({reason}); check the connection and run this again"
+    except UnicodeEncodeError:
+        message = "the token holds a character that no token has; copy it again"
+    except OSError as error:
+        advice = "make room" if error.errno == errno.ENOSPC else "check the folder"
+        message = f"cannot store {repo_id} ({error}); {advice} and run this again"
+    else:
+        return
+    raise UserError(message)
+
+
+def check_space(folder: Path, sizes: dict[str, int]) -> None:
+    """Raise a `UserError` if the files that are not in `folder` yet do not fit on its disk."""
+    missing = sum(size for name, size in sizes.items() if not (folder / name).exists())
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise UserError(
+            f"{folder} needs {missing / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+            "make room or pass another --checkpoint_dir"
+        )
+
+
+def download(repo_id: str, folder: Path, revision: str | None, token: str | None) -> None:
+    """Fetch the files of `repo_id` that `folder` lacks; `UserError` if that fails."""
+    page = f"{ENDPOINT}/{repo_id}"
+    with explaining(repo_id, revision):
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, token=token)
+        names = {file.rfilename for file in info.siblings or []}
+        wanted = choose_files(names)
+        if not wanted or "config.json" not in names:
+            lack = "config.json" if wanted else "*.safetensors and no pytorch_model*.bin"
+            raise UserError(f"{page} has no {lack}, so it is not a model that can be converted")
+        # The one commit that was listed, even if the branch moves on meanwhile.
+        source = {"repo_id": repo_id, "revision": info.sha, "local_dir": folder, "token": token}
+        config = read_json(Path(hf_hub_download(filename="config.json", **source)))
+        family = config.get("model_type", FAMILIES[0])
+        if family not in FAMILIES:  # known before many gigabytes are fetched in vain
+            raise UserError(f"{page} is a {family} model; use one of {', '.join(FAMILIES)}")
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+        check_space(folder, {name: sizes[name] for name in wanted})
+        snapshot_download(allow_patterns=sorted(wanted), **source)
+    for name in sorted(wanted):  # the library falls back on what is there when the network fails
+        path = folder / name
+        if not path.is_file() or sizes[name] not in (0, path.stat().st_size):
+            raise UserError(f"{path} did not arrive whole from {page}; run this again")
+    # A killed run leaves partial files here, and the library never looks at them again.
+    for partial in (folder / ".cache" / "huggingface" / "download").glob("*.incomplete"):
+        partial.unlink()
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+def main(args: argparse.Namespace) -> None:
+    folder = args.checkpoint_dir / args.repo_id
+    download(args.repo_id, folder, args.revision, args.hf_token or None)
+    print(folder)
+
+
+if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("--repo_id", required=True, help="org/name, as in the model's URL")
+    parser.add_argument("--hf_token", help="for gated and private models (default: $HF_TOKEN)")
+    parser.add_argument("--revision", help="a branch, tag or commit (default: main)")
+    parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"))
+    run(main, parser)
