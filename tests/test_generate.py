@@ -1,0 +1,437 @@
+"""Generation: the text is the model's, whatever the batch, the cache and the compiler."""
+
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+import generate as cli_generate
+from conftest import CONFIG, ROOT, random_model, write_checkpoint
+from generate import Engine, Sampling, candidates, generate, sample
+from model import Transformer
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[5, 9, 200, 31, 7], [77], list(range(20, 90)), [3, 3, 3]]
+
+
+def engine(batch_size=1, length=256, model=None, **options) -> Engine:
+    model = model or random_model(CONFIG)
+    model.setup_caches(batch_size, length)
+    return Engine(model, options.pop("compile", None), **options)
+
+
+def run_rows(engine, prompts, n=40, sampling=GREEDY, **options) -> list[list[int]]:
+    rows = [[] for _ in prompts]
+    for step in generate(engine, prompts, sampling, n, **options):
+        for row, token in zip(rows, step, strict=True):
+            row += [] if token is None else [token]
+    return rows
+
+
+def greedy_by_full_forward(prompt: list[int], n: int) -> list[int]:
+    """The reference: every token from a forward pass over everything before it."""
+    model, tokens = random_model(CONFIG), list(prompt)
+    for _ in range(n):
+        model.setup_caches(1, 256)
+        positions = torch.arange(len(tokens)).unsqueeze(0)
+        tokens.append(model(torch.tensor([tokens]), positions, 256)[0, -1].argmax().item())
+    return tokens[len(prompt) :]
+
+
+# ---- Text --------------------------------------------------------------------------------------
+
+
+def test_greedy_text_is_that_of_full_forward_passes():
+    for prompt in PROMPTS:
+        assert run_rows(engine(), [prompt]) == [greedy_by_full_forward(prompt, 40)]
+
+
+def test_a_batch_gives_each_prompt_what_it_gives_alone():
+    alone = [run_rows(engine(), [prompt])[0] for prompt in PROMPTS]
+    assert run_rows(engine(len(PROMPTS)), PROMPTS) == alone
+
+
+def test_long_prompts_prefill_in_chunks(monkeypatch):
+    whole = run_rows(engine(4), PROMPTS)
+    monkeypatch.setattr(cli_generate, "PREFILL_CHUNK", 16)
+    assert run_rows(engine(4), PROMPTS) == whole
+
+
+def test_rows_end_at_eos_and_the_others_go_on():
+    rows = run_rows(engine(4), PROMPTS)
+    eos = rows[0][6]
+    expected = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    assert len(expected[0]) < 40
+    assert run_rows(engine(4), PROMPTS, eos_ids={eos}) == expected
+
+
+def test_generation_fills_the_cache_to_its_last_position_and_no_further():
+    longer = run_rows(engine(4), PROMPTS, n=100)
+    rows = run_rows(engine(4, length=80), PROMPTS, n=100)
+    assert [len(p) + len(r) for p, r in zip(PROMPTS, rows, strict=True)] == [81, 81, 81, 81]
+    assert rows == [long[: len(row)] for long, row in zip(longer, rows, strict=True)]
+
+
+def test_a_prompt_as_long_as_the_cache_gives_one_token():
+    assert run_rows(engine(length=70), [PROMPTS[2]]) == [greedy_by_full_forward(PROMPTS[2], 1)]
+
+
+def test_one_new_token_is_one_step():
+    assert run_rows(engine(), [PROMPTS[0]], n=1) == [greedy_by_full_forward(PROMPTS[0], 1)]
+
+
+def test_a_continued_cache_gives_what_a_new_prefill_gives():
+    used = engine()
+    first = run_rows(used, [PROMPTS[2]], n=10)[0]
+    longer = PROMPTS[2] + first[:9] + [11, 12, 13]  # the last new token was never fed
+    assert run_rows(used, [longer], start=79) == run_rows(engine(), [longer])
+
+
+def test_what_an_earlier_prompt_left_in_the_cache_is_never_seen():
+    used = engine()
+    run_rows(used, [PROMPTS[2]], n=100)
+    assert run_rows(used, [PROMPTS[0]]) == run_rows(engine(), [PROMPTS[0]])
+
+
+def test_golden_greedy_tokens():
+    golden = (
+        "117 93 209 93 64 248 117 93 199 248 236 212 125 4 254 106 155 101 212 182 254 212 230 232"
+    )
+    assert run_rows(engine(), [PROMPTS[0]], n=24) == [[int(token) for token in golden.split()]]
+
+
+def test_known_story_of_stories260k(tmp_path):
+    data = ROOT.parent / "shared" / "data" / "stories260K"
+    if not data.exists():
+        pytest.skip("stories260K is not beside this folder")
+    model, vocabulary = read_llama2c(data, tmp_path)
+    model.setup_caches(1, 256)
+    tokens = run_rows(Engine(model, None), [[1]], n=24)[0]
+    text = b"".join(vocabulary[token] for token in tokens).decode().replace("\u2581", " ")
+    expected = "Once upon a time, there was a little girl named Lily. She loved to play outside in"
+    assert text.strip().startswith(expected[: len(text.strip())]) and len(tokens) == 24
+
+
+def read_llama2c(data: Path, folder: Path) -> tuple[Transformer, list[bytes]]:
+    """The model and vocabulary of a llama2.c export: version 0, int32 header, float32 tensors."""
+    raw = (data / "stories260K.bin").read_bytes()
+    dim, hidden, layers, heads, kv_heads, vocab, _ = struct.unpack("7i", raw[:28])
+    floats = torch.frombuffer(bytearray(raw[28:]), dtype=torch.float32)
+    state, offset = {}, 0
+
+    def take(*shape: int) -> torch.Tensor:
+        nonlocal offset
+        count = torch.Size(shape).numel()
+        offset += count
+        return floats[offset - count : offset].view(shape)
+
+    state["tok_embeddings.weight"] = take(vocab, dim)
+    kv = dim // heads * kv_heads
+    for name, *shape in (
+        ("attention_norm", dim),
+        ("attention.wq", dim, dim),
+        ("attention.wk", kv, dim),
+        ("attention.wv", kv, dim),
+        ("attention.wo", dim, dim),
+        ("ffn_norm", dim),
+        ("feed_forward.w1", hidden, dim),
+        ("feed_forward.w2", dim, hidden),
+        ("feed_forward.w3", hidden, dim),
+    ):
+        for i, tensor in enumerate(take(layers, *shape)):
+            state[f"layers.{i}.{name}.weight"] = tensor.clone()
+    state["norm.weight"] = take(dim)
+    (folder / "stories260K").mkdir()
+    torch.save(state, folder / "stories260K" / "model.pth")
+    raw, vocabulary = (data / "tok512.bin").read_bytes()[4:], []
+    while raw:
+        length = struct.unpack("i", raw[4:8])[0]
+        vocabulary.append(raw[8 : 8 + length])
+        raw = raw[8 + length :]
+    path = folder / "stories260K" / "model.pth"
+    return Transformer.from_checkpoint(path, dtype=torch.float32), vocabulary
+
+
+# ---- Sampling ----------------------------------------------------------------------------------
+
+
+def reference_distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> list[float]:
+    """The same rules one token at a time, in float64."""
+    weights = (logits.double() / temperature).softmax(-1).tolist()
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])[: top_k or None]
+    total = sum(weights[i] for i in order)
+    kept, mass = [], 0.0
+    for i in order:
+        if mass >= top_p and kept:
+            break
+        if weights[i] >= min_p * weights[order[0]]:
+            kept.append(i)
+        mass += weights[i] / total
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
+
+
+SETTINGS = [
+    dict(),
+    dict(temperature=0.5),
+    dict(top_k=3),
+    dict(top_k=1000),
+    dict(top_p=0.7),
+    dict(min_p=0.2),
+    dict(temperature=1.7, top_k=6, top_p=0.8, min_p=0.1),
+    dict(top_p=0.0),
+    dict(min_p=1.0),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_sampling_draws_from_the_distribution_asked_for(settings):
+    logits = torch.randn(2, 10, generator=torch.Generator().manual_seed(3)) * 2
+    sampling = Sampling(**dict(temperature=1.0, top_k=0) | settings)
+    probs, tokens = candidates(logits, sampling)
+    full = torch.zeros(2, 10).scatter(-1, tokens, probs)
+    expected = torch.tensor([reference_distribution(row, **settings) for row in logits])
+    assert torch.allclose(full, expected.float(), atol=1e-6)
+
+    draws, generator = 20000, torch.Generator().manual_seed(4)
+    drawn = sample(logits[:1].expand(draws, 10), sampling, generator)
+    counts = torch.bincount(drawn, minlength=10).double()
+    mean = expected[0].double() * draws
+    assert counts[mean == 0].sum() == 0
+    seen = mean > 0
+    chi_square = ((counts - mean)[seen] ** 2 / mean[seen]).sum().item()
+    assert chi_square < 33.0  # 9 degrees of freedom: exceeded once in 7000
+
+
+def test_temperature_zero_is_argmax():
+    logits = torch.randn(50, 300)
+    assert sample(logits, GREEDY, torch.Generator()).equal(logits.argmax(-1))
+
+
+def test_the_seed_decides_the_text():
+    runs = [run_rows(engine(), [[5, 9]], sampling=Sampling(1.0), seed=s) for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+# ---- Compilation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["block", "whole"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_nothing_recompiles_after_warm_up_and_the_text_is_the_same(mode, batch_size):
+    torch.compiler.reset()
+    compiled = engine(batch_size, length=256, compile=mode, compile_prefill=True)
+    compiled.warm_up(batch_size)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in [*range(1, 16), 63, 64, 65, 127, 200]:
+            prompts = [list(range(length)), [7] * max(1, length // 2), [9]][:batch_size]
+            assert run_rows(compiled, prompts) == run_rows(engine(batch_size), prompts)
+        for settings in SETTINGS:
+            sampling = Sampling(**dict(temperature=1.0, top_k=0) | settings)
+            run_rows(compiled, [[5, 6]] * batch_size, sampling=sampling)
+        start = [1] * 40
+        for turn in range(1, 6):  # a conversation: each turn continues the cache
+            run_rows(compiled, [start * turn] * batch_size, n=5, start=40 * turn - 38)
+
+
+def test_compiled_functions_serve_every_layer_once():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = engine(compile="block")
+    compiled.warm_up(1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# ---- The command line --------------------------------------------------------------------------
+
+
+def command(monkeypatch, capsys, *flags, stdin="") -> tuple[int, str, str]:
+    """Run generate.py in this process: its exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    monkeypatch.delenv("DEVICE", raising=False)
+    code = 0
+    try:
+        cli.run(cli_generate.main, cli_generate.make_parser())
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys, checkpoint):
+    common = ("--checkpoint_path", checkpoint, "--device", "cpu", "--precision", "float32")
+
+    def run(*flags, stdin=""):
+        return command(monkeypatch, capsys, *common, *flags, stdin=stdin)
+
+    return run
+
+
+def test_a_prompt_is_printed_with_its_continuation(run_cli, tmp_path):
+    figures = tmp_path / "figures.json"
+    flags = ("--temperature", "0", "--max_new_tokens", "12", "--json", figures)
+    code, out, err = run_cli("--prompt", "Hello", *flags, "--num_samples", "2")
+    assert code == 0
+    first, second, _ = out.split("\n")
+    assert out.startswith("Hello") and first == second
+    record = json.loads(figures.read_text())
+    assert record["device"] == "cpu" and record["load_s"] > 0 and record["peak_memory_bytes"] > 0
+    for figures in record["samples"]:
+        assert figures["prompt_tokens"] == [5] and figures["new_tokens"] == [12]
+        assert figures["ended_by"] == ["max_new_tokens"]
+        assert figures["tokens_per_s"] > 0 and figures["gb_per_s"] > 0
+    assert "tokens/s" in err and "peak memory" in err
+
+
+def test_prompt_from_standard_input_and_of_random_tokens(run_cli):
+    flags = ("--temperature", "0", "--max_new_tokens", "5")
+    assert run_cli("--prompt", "-", *flags, stdin="abc") == run_cli("--prompt", "abc", *flags) or (
+        run_cli("--prompt", "-", *flags, stdin="abc")[1] == run_cli("--prompt", "abc", *flags)[1]
+    )
+    code, _, err = run_cli("--prompt", "37", *flags)
+    assert code == 0 and "37 prompt tokens, 5 new" in err
+
+
+def test_prompts_file_rows_equal_single_prompts(run_cli, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\na longer prompt\nthree\n")
+    flags = ("--temperature", "0", "--max_new_tokens", "9")
+    alone = [run_cli("--prompt", p, *flags)[1] for p in ("one", "a longer prompt", "three")]
+    for batch in ((), ("--batch_size", "2")):
+        code, out, _ = run_cli("--prompts_file", file, *flags, *batch)
+        expected = "".join(f"--- {i}\n{text}" for i, text in enumerate(alone))
+        assert code == 0 and out == expected
+
+
+def test_same_seed_same_text(run_cli):
+    texts = [run_cli("--seed", seed, "--max_new_tokens", "20")[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_profile_writes_a_trace(run_cli, tmp_path):
+    code, _, _ = run_cli("--max_new_tokens", "3", "--profile", tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert code == 0 and any("linear" in event.get("name", "") for event in events)
+
+
+def test_conversation_prefills_only_what_is_new(run_cli, tmp_path):
+    figures = tmp_path / "figures.json"
+    turns = "Hello there\nAnd then?\n/reset\nHello there\n/quit\nnever read\n"
+    flags = ("--temperature", "0", "--max_new_tokens", "10", "--json", figures)
+    code, out, _ = run_cli("--interactive", *flags, stdin=turns)
+    first, second, third = json.loads(figures.read_text())["samples"]
+    assert code == 0
+    assert first["prefilled_tokens"] == first["prompt_tokens"][0]
+    assert second["prefilled_tokens"] < second["prompt_tokens"][0] - first["prompt_tokens"][0]
+    assert third["prompt_tokens"] == first["prompt_tokens"]
+
+
+def test_conversation_says_that_the_context_is_full_and_goes_on(run_cli, tmp_path):
+    turns = "x" * 100 + "\nhi\n/quit\n"
+    code, out, err = run_cli("--interactive", "--max_seq_length", "90", stdin=turns)
+    assert code == 0 and "90 positions" in err and "/reset" in err and "full cache" in err
+
+
+def test_no_chat_conversation_continues_the_text(run_cli, tmp_path):
+    figures = tmp_path / "figures.json"
+    flags = ("--interactive", "--no-chat", "--json", figures, "--max_new_tokens", "4")
+    assert run_cli(*flags, stdin="abc\nde\n")[0] == 0
+    first, second = json.loads(figures.read_text())["samples"]
+    assert first["prompt_tokens"] == [3] and second["prompt_tokens"][0] >= 5
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--checkpoint_path", "nowhere/model.pth"], "there is no checkpoint nowhere/model.pth"),
+        (["--device", "gpu"], "device 'gpu'"),
+        (["--prompt", "x" * 600], "600 tokens"),
+        (["--prompt", "hello", "--max_seq_length", "4"], "--max_seq_length"),
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
+        (["--max_seq_length", "513"], "512"),
+        (["--temperature", "-1"], "--temperature: '-1' is not a number of at least 0"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top_p", "1.5"], "from 0 to 1"),
+        (["--min_p", "2"], "from 0 to 1"),
+        (["--top_k", "-3"], "--top_k"),
+        (["--top_k", "some"], "whole number"),
+        (["--max_new_tokens", "0"], "at least 1"),
+        (["--system_prompt", "Be brief."], "--chat"),
+        (["--interactive", "--batch_size", "2"], "--batch_size"),
+        (["--precision", "int3"], "int3"),
+        (["--no_such_flag"], "no_such_flag"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run_cli, flags, named):
+    code, out, err = run_cli(*flags)
+    assert code == 2 and named in err and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_the_wrong_tokenizer_is_noticed(run_cli, tmp_path):
+    small = write_checkpoint(tmp_path, CONFIG | {"vocab_size": 100})
+    code, _, err = run_cli("--checkpoint_path", small)
+    assert code == 2 and "tokenizer" in err and "100" in err
+
+
+def test_a_missing_tokenizer_is_noticed(run_cli, tmp_path):
+    path = write_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    code, _, err = run_cli("--checkpoint_path", path)
+    assert code == 2 and str(tmp_path) in err and err.count("\n") == 1
+
+
+def test_a_profile_that_cannot_be_written_leaves_nothing(run_cli, tmp_path):
+    (tmp_path / "taken").write_text("")
+    code, _, err = run_cli("--json", tmp_path / "taken" / "figures.json", "--max_new_tokens", "1")
+    assert code == 2 and "taken" in err
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
+    path = write_checkpoint(tmp_path, CONFIG | {"max_position_embeddings": 100000})
+    flags = ["--checkpoint_path", path, "--interactive", "--max_new_tokens", "90000"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "generate.py", *flags, "--temperature", "0", "--device", "cpu"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b"Hello\n")
+    process.stdin.flush()
+    assert process.stdout.read(40)  # the answer is under way
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    out, err = process.communicate(b"/quit\n", timeout=60)
+    assert process.returncode == 0, err.decode()
+    assert b"Ctrl-C" in err.splitlines()[-2]
+
+
+def test_only_torch_and_the_tokenizers_library_are_imported(checkpoint):
+    """Everything else is blocked; a tokenizer.json needs `tokenizers` and nothing more."""
+    blocked = ("sentencepiece", "gguf", "safetensors", "huggingface_hub", "transformers", "tqdm")
+    lines = [f"sys.modules[{name!r}] = None" for name in blocked + ("lm_eval", "matplotlib")]
+    flags = ["generate.py", "--checkpoint_path", str(checkpoint), "--max_new_tokens", "2"]
+    code = f"import sys, runpy; {'; '.join(lines)}; sys.argv = {flags}; sys.path[0] = {str(ROOT)!r}"
+    code += f"; runpy.run_path({str(ROOT / 'generate.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_closed_pipe_is_no_error(checkpoint):
+    line = f"{sys.executable} {ROOT}/generate.py --checkpoint_path {checkpoint} | head -c 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], capture_output=True, env=os.environ
+    )
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
