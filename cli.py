@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,21 +48,29 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     return parse
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of every script that loads a model."""
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of every script that reads a checkpoint."""
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="a model.pth (default: SmolLM2-135M-Instruct)")
     add(
         "--device", help="cpu, cuda, cuda:1, mps, xpu (default: $DEVICE, else cuda if there is one)"
     )
-    add("--precision", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    add("--max_seq_length", type=number(int, 2), help="positions in the KV cache")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of every script that runs a model."""
+    add_checkpoint_flags(parser)
+    precisions = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--precision", default="bfloat16", choices=precisions)
+    parser.add_argument("--max_seq_length", type=number(int, 2), help="positions in the KV cache")
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Run `main` on the parsed command line; exit with 2 on a `UserError`, with 130 on Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     for stream in (sys.stdin, sys.stdout):  # a terminal may know fewer characters than a model
-        stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main(parser.parse_args())
         sys.stdout.flush()
@@ -84,14 +94,29 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def output_file(text: str) -> Path:
+    """An argparse type: a path that can be written, known before hours of work are spent."""
+    path = Path(text).resolve()
+    parent = next(folder for folder in path.parents if folder.exists())
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written; name a file in a folder of yours"
+        )
+    return path
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, renamed onto `path` only if the block succeeds."""
+    path = path.resolve()  # of a link, the file it points to is replaced
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        if path.exists() and not path.is_file():  # a device or a pipe
+            yield path
+        else:
+            yield temporary
+            os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}); is there room and permission?") from None
     finally:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import Parser, UserError, add_model_flags, number, replacing, run
+from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
 from model import Transformer, TransformerBlock, find_device
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -96,7 +96,9 @@ class Engine:
     def __init__(self, model: Transformer, compile: str | None, compile_prefill: bool = False):
         self.model = model
         self.decode_step = self.prefill_step = model
-        # Dynamic lengths: one graph serves every prompt and every filled length of the cache.
+        # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
+        # sizes that happen to be equal when it is made are not taken for one and the same.
+        torch.fx.experimental._config.use_duck_shape = False
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True)
         if compile == "block":
             self.decode_step = functools.partial(model, block=compiled(TransformerBlock.forward))
@@ -115,17 +117,14 @@ class Engine:
         return self.prefill_step(idx, input_pos, kv_len, last)
 
     def warm_up(self, batch_size: int) -> float:
-        """Compile all; seconds taken. Sizes differ, lest the compiler takes two of them for one."""
-        model, began = self.model, time.perf_counter()
-        device, groups = model.freqs_cis.device, model.args.n_head // model.args.n_local_heads
-        for T in (1, batch_size + 2):
+        """Compile everything now; the seconds it took."""
+        model, device, began = self.model, self.model.freqs_cis.device, time.perf_counter()
+        for T in (1, 2):
             idx = torch.zeros(batch_size, T, dtype=torch.int64, device=device)
-            input_pos = torch.full_like(
-                idx, model.max_seq_length
-            )  # the spare slot: nothing is lost
+            input_pos = torch.full_like(idx, model.max_seq_length)  # the spare slot
             last = None if T == 1 else input_pos.new_zeros(batch_size)
             for _ in range(3):  # a CUDA graph is compiled, recorded and replayed
-                self.step(idx, input_pos, model.kv_steps(T * groups + 1), last)
+                self.step(idx, input_pos, model.kv_steps(1), last)
         synchronize(device)
         return time.perf_counter() - began
 
@@ -230,7 +229,7 @@ def tokenize(tokenizer: Tokenizer, messages: list[dict], chat: bool) -> list[int
 def check_prompt(prompt: list[int], model: Transformer) -> None:
     """Raise a `UserError` if the model cannot take this prompt."""
     if not prompt:
-        raise UserError("the prompt is empty and this model has no BOS token; give --prompt a text")
+        raise UserError("the prompt is empty and this model has no BOS token; pass a text")
     if max(prompt) >= model.args.vocab_size:
         raise UserError(
             f"the prompt has the token {max(prompt)} and the model only {model.args.vocab_size}; "
@@ -239,23 +238,31 @@ def check_prompt(prompt: list[int], model: Transformer) -> None:
     if len(prompt) > model.max_seq_length:
         raise UserError(
             f"the prompt has {len(prompt)} tokens and the cache {model.max_seq_length} positions; "
-            f"shorten it or raise --max_seq_length (this model takes {model.args.block_size})"
+            f"shorten it or raise --max_seq_length, which may be up to {model.args.block_size}"
         )
+
+
+def is_length(prompt: str) -> bool:
+    """Whether --prompt asks for random tokens."""
+    return prompt.isascii() and prompt.isdecimal()
 
 
 def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
     """The prompts that the flags ask for, as token ids."""
     if args.prompts_file:
         try:
-            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+            lines = args.prompts_file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --prompts_file {args.prompts_file} ({error})") from None
+            raise UserError(
+                f"cannot read --prompts_file {args.prompts_file} ({error}); pass a UTF-8 text file"
+            ) from None
         texts = [line for line in lines if line.strip()]
         if not texts:
             raise UserError(f"--prompts_file {args.prompts_file} has no line with a prompt")
-    elif args.prompt.isdecimal():
+    elif is_length(args.prompt):
         generator = torch.Generator().manual_seed(args.seed)
-        return [torch.randint(vocab_size, (int(args.prompt),), generator=generator).tolist()]
+        length = min(int(args.prompt), 2**24)  # longer than any context
+        return [torch.randint(vocab_size, (length,), generator=generator).tolist()]
     else:
         texts = [sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt]
     return [tokenize(tokenizer, [*opening(args), user(text)], args.chat) for text in texts]
@@ -338,7 +345,7 @@ def complete(
 ) -> list[dict]:
     """Continue every prompt `num_samples` times, `batch_size` prompts at once; figures of each."""
     records = []
-    echo = not args.chat and not args.prompt.isdecimal()
+    echo = not args.chat and not is_length(args.prompt)
     for first in list(range(0, len(prompts), batch_size)) * args.num_samples:
         group = prompts[first : first + batch_size]
         if echo and batch_size == 1:
@@ -378,7 +385,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, args: Namespace) -> list[dict
         except UserError as error:
             print(f"{error}, or /reset", file=sys.stderr)
             continue
-        known = os.path.commonprefix([cached, prompt[:-1]])
+        known = os.path.commonprefix([cached, prompt[:-1]])  # it takes lists as well as paths
         where = {"start": len(known), "seed": args.seed + len(records)}
         (new,), times = answer(engine, tokenizer, [prompt], args, **where)
         cached = prompt + new[:-1] if new else known  # the last token was not fed to the model
@@ -396,25 +403,36 @@ def make_parser() -> Parser:
     add_model_flags(parser)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    text = "a text, the length of a random prompt, or - for standard input"
+    text = "a text, the length of a random prompt, or - to read standard input"
     source.add_argument("--prompt", default="Hello, my name is", help=text)
     source.add_argument("--prompts_file", type=Path, help="prompts, one a line, run as a batch")
     source.add_argument("--interactive", action="store_true", help="talk with the model")
     add("--chat", action=BooleanOptionalAction, help="wrap prompts in the model's chat format")
     add("--system_prompt", default="", help="what a chat begins with")
     add("--num_samples", type=number(int, 1), default=1, help="times to run each prompt")
-    add("--batch_size", type=number(int, 1), help="rows a batch (default: 1, or the whole file)")
+    add(
+        "--batch_size",
+        type=number(int, 1, 4096),
+        help="rows a batch (default: 1, or the whole file)",
+    )
     add("--max_new_tokens", type=number(int, 1), default=200)
-    add("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest token")
+    add(
+        "--temperature",
+        type=number(float, 0, 100),
+        default=0.8,
+        help="0: always the likeliest token",
+    )
     add("--top_k", type=number(int, 0), default=200, help="draw from the K likeliest; 0: from all")
     share = number(float, 0, 1)
     add("--top_p", type=share, default=1.0, help="draw from the likeliest that add up to P")
     add("--min_p", type=share, default=0.0, help="drop what is under P times the likeliest")
-    add("--seed", type=number(int, 0), default=1234)
+    add("--seed", type=number(int, 0, 2**62), default=1234)
     add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
-    add("--profile", type=Path, metavar="FILE", help="write a chrome trace of the generation")
-    add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    add(
+        "--profile", type=output_file, metavar="FILE", help="write a chrome trace of the generation"
+    )
+    add("--json", type=output_file, metavar="FILE", help="write the figures as JSON")
     return parser
 
 
@@ -439,7 +457,13 @@ def main(args: Namespace) -> None:
     length = args.max_seq_length or min(max(longest, 2048), model.args.block_size)
     if length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
-    model.setup_caches(batch_size, length)
+    try:
+        model.setup_caches(batch_size, length)
+    except RuntimeError:  # the allocator's
+        raise UserError(
+            f"there is no room for a KV cache of {batch_size} rows of {length} positions; "
+            "lower --batch_size or --max_seq_length"
+        ) from None
     for prompt in prompts:
         check_prompt(prompt, model)
     engine = Engine(model, args.compile, args.compile_prefill)

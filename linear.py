@@ -1,19 +1,150 @@
-"""The Linear layer of every model here: how a weight is stored and how it is multiplied."""
+"""The Linear layer of every model here: how a weight is stored, and how it is multiplied.
+
+A checkpoint stores each Linear in one of four ways, told by the names of its tensors (`SCHEMES`).
+What is stored is plain and the same for every device; what a kernel wants is made once, by
+`prepare`, after loading. `dequantize` is the reference that every kernel is tested by.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
 
 
 class Linear(nn.Module):
-    """`y = x @ weight.T + bias`: x `[..., in_features]`, weight `[out_features, in_features]`."""
+    """`y = x @ weight.T + bias`: x `[..., in]`, weight float `[out, in]`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
+    def store(self, name: str, dtype: torch.dtype, *shape: int) -> None:
+        """Declare a tensor of the checkpoint."""
+        setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
+
+    def prepare(self) -> None:
+        """Make of the loaded tensors what this device's kernels want."""
+
+    def dequantize(self) -> Tensor:
+        """The weight as floats `[out, in]`."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """Products y `[M, out]` of the rows of x, shaped like x and with the bias added."""
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+def at_most(rows: int, x: Tensor) -> bool:
+    """Whether x `[M, in]` has at most so many rows. A graph compiled for any M takes it for no."""
+    return statically_known_true(x.shape[0] <= rows)
+
+
+class Int8Linear(Linear):
+    """Weight int8 `[out, in]`, scales `[out]`: value = weight * scale."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
+        self.store("weight", torch.int8, out_features, in_features)
+        self.store("scales", torch.bfloat16, out_features)
+
+    def dequantize(self) -> Tensor:
+        return self.weight.to(self.scales.dtype) * self.scales.unsqueeze(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if x.device.type == "cpu" and at_most(31, rows):  # above, floats made once pay off
+            return self.finish(torch._weight_int8pack_mm(rows, self.weight, self.scales), x)
+        return self.finish(F.linear(rows, self.weight.to(x.dtype)) * self.scales, x)
+
+
+class Int8ActivationLinear(Linear):
+    """Weight as in `Int8Linear`; x is rounded to int8, row by row, and integers are multiplied."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
+        self.store("weight", torch.int8, out_features, in_features)
+        self.store("scales_a8", torch.bfloat16, out_features)
+
+    def dequantize(self) -> Tensor:
+        return self.weight.to(self.scales_a8.dtype) * self.scales_a8.unsqueeze(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2).float()  # [M, in]
+        step = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127  # [M, 1]
+        codes = (rows / step).round().to(torch.int8)
+        if x.device.type == "cuda" and at_most(16, rows):  # its kernel wants more than 16 rows
+            codes = F.pad(codes, (0, 0, 0, 17 - rows.shape[0]))
+        sums = torch._int_mm(codes, self.weight.t())[: rows.shape[0]]  # int32 [M, out]
+        return self.finish((sums * step * self.scales_a8.float()).to(x.dtype), x)
+
+
+class Int4Linear(Linear):
+    """Two 4-bit codes a byte; `groups` of neighbouring columns have a scale and a zero each.
+
+    weight uint8 `[out, in/2]` as `pack_int4` makes it, scales_and_zeros `[groups, out, 2]`:
+    value = (code - 8) * scale + zero.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, groups: int = 1):
+        super().__init__(in_features, out_features, bias)
+        self.groupsize = in_features // groups
+        self.store("weight", torch.uint8, out_features, in_features // 2)
+        self.store("scales_and_zeros", torch.bfloat16, groups, out_features, 2)
+        self.register_buffer("packed", None, persistent=False)
+
+    def prepare(self) -> None:
+        device, rows = self.weight.device.type, self.out_features
+        if device == "cpu" and rows % 16 == 0:
+            codes = unpack_int4(self.weight).int()
+            self.packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        if device == "cuda" and rows % 8 == 0 and self.scales_and_zeros.dtype == torch.bfloat16:
+            tiles = [tiles for tiles in (8, 4, 2) if self.in_features % (16 * tiles) == 0]
+            if tiles and self.groupsize >= 32:
+                self.packed = aten._convert_weight_to_int4pack(self.weight, tiles[0])
+
+    def dequantize(self) -> Tensor:
+        grid = self.scales_and_zeros.transpose(0, 1).unsqueeze(2)  # [out, groups, 1, 2]
+        codes = unpack_int4(self.weight).unflatten(1, (-1, self.groupsize)).to(grid.dtype)
+        return ((codes - 8) * grid[..., 0] + grid[..., 1]).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if self.packed is None or not at_most(64, rows):  # many rows: floats made once pay off
+            return self.finish(F.linear(rows, self.dequantize()), x)
+        cpu = x.device.type == "cpu"
+        matmul = aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm
+        return self.finish(matmul(rows, self.packed, self.groupsize, self.scales_and_zeros), x)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Codes uint8 0..15 `[out, in]` -> `[out, in/2]`, even columns in the high halves."""
+    return codes[:, ::2] << 4 | codes[:, 1::2]
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`."""
+    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
+
+
+SCHEMES = {"scales": Int8Linear, "scales_a8": Int8ActivationLinear, "scales_and_zeros": Int4Linear}
+
+
+def linear_for(linear: Linear, tensors: dict[str, Tensor]) -> Linear:
+    """The Linear, on the same device and of the same shape, that takes these stored tensors."""
+    options = dict(bias=linear.bias is not None)
+    scheme = next((scheme for name, scheme in SCHEMES.items() if name in tensors), None)
+    if scheme is Int4Linear:
+        groups = tensors["scales_and_zeros"].shape[0]
+        options["groups"] = groups if linear.in_features % groups == 0 else 1
+    with linear.weight.device:
+        return scheme(linear.in_features, linear.out_features, **options) if scheme else linear

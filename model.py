@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import UserError, read_json
-from linear import Linear
+from linear import Linear, linear_for
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA3_BOUNDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_NUMBERS = {"linear": ("factor",), "llama3": ("factor", *LLAMA3_BOUNDS)}  # of rope scaling
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
@@ -50,6 +52,13 @@ class ModelArgs:
     qk_norm: bool = False
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            optional = 0 if field.name == "head_dim" else 1
+            if field.type == "int" and not (isinstance(value, int) and value >= optional):
+                raise UserError(f"config.json: {field.name} is {value!r}, not a count")
+            if field.type == "float" and not isinstance(value, int | float):
+                raise UserError(f"config.json: {field.name} is {value!r}, not a number")
         self.head_dim = self.head_dim or self.dim // self.n_head
 
     @classmethod
@@ -61,9 +70,14 @@ class ModelArgs:
                 f"config.json: model_type {family!r} is not supported; use one of {FAMILIES}"
             )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"config.json: rope_scaling is {rope!r}, not an object")
         scaling = rope.get("rope_type", rope.get("type", "default"))
+        for key in ROPE_NUMBERS.get(scaling, ()):
+            if not isinstance(rope.get(key), int | float):
+                raise UserError(f"config.json: {scaling} rope scaling lacks the number {key}")
         for key, value, known in (
-            ("rope_type", scaling, ("default", "linear", "llama3")),
+            ("rope_type", scaling, ("default", *ROPE_NUMBERS)),
             ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
             ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
         ):
@@ -72,6 +86,7 @@ class ModelArgs:
         # Attention here sees the whole context, which equals a sliding window up to its length.
         sliding = family == "mistral" or config.get("use_sliding_window", False)
         window = config.get("sliding_window") if sliding else None
+        limits = [limit for limit in (config.get("max_position_embeddings"), window) if limit]
         biases = ("wqkv",) if family == "qwen2" else ()
         if family != "qwen2" and config.get("attention_bias"):
             biases = ("wqkv", "wo")
@@ -85,7 +100,7 @@ class ModelArgs:
                 n_local_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
                 intermediate_size=config["intermediate_size"],
                 vocab_size=config["vocab_size"],
-                block_size=min(config["max_position_embeddings"], window or math.inf),
+                block_size=min(limits, default=None),
                 rope_base=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
                 norm_eps=config.get("rms_norm_eps", 1e-6),
                 head_dim=config.get("head_dim") or 0,
@@ -114,9 +129,8 @@ class ModelArgs:
 
 def llama3_rope(factor: int) -> dict:
     """The rope scaling of Llama 3.1 (factor 8) and 3.2 (factor 32), as their config.json has it."""
-    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    window = {"original_max_position_embeddings": 8192}
-    return {"rope_type": "llama3", "factor": float(factor)} | bounds | window
+    bounds = dict(zip(LLAMA3_BOUNDS, (1.0, 4.0, 8192), strict=True))
+    return {"rope_type": "llama3", "factor": float(factor)} | bounds
 
 
 # For folders without a config.json and for benchmarks on random weights. The columns are dim,
@@ -341,13 +355,25 @@ class Transformer(nn.Module):
         for i in range(args.n_layer):
             prefix = f"layers.{i}.attention."
             parts = [prefix + f"{name}.weight" for name in ("wq", "wk", "wv")]
-            if all(part in state for part in parts):
+            if all(part in state and state[part].shape[1:] == (args.dim,) for part in parts):
                 state[prefix + "wqkv.weight"] = torch.cat([state.pop(part) for part in parts])
-        if args.tied:
-            state.setdefault("output.weight", state.get("tok_embeddings.weight"))
+        tied = args.tied and "output.weight" not in state
+        if tied:
+            state["output.weight"] = state.get("tok_embeddings.weight")
+        linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+        for name in linears:
+            found = {
+                key[len(name) + 1 :]: t for key, t in state.items() if key.startswith(name + ".")
+            }
+            model.set_submodule(name, linear_for(model.get_submodule(name), found))
         check_state(path, state, model.state_dict())
         model.load_state_dict(state, assign=True)
-        return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+        if tied:
+            model.output.weight = model.tok_embeddings.weight  # one tensor, also where it is copied
+        model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+        for name in linears:
+            model.get_submodule(name).prepare()
+        return model
 
 
 # ------------------------------------------------------------------------------------------------
@@ -356,15 +382,18 @@ class Transformer(nn.Module):
 
 def load_state(path: Path) -> dict[str, Tensor]:
     """Memory-map the state dict of a checkpoint; `UserError` if the file is not one."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; pass a file in it, such as {path / 'model.pth'}")
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; make one with scripts/prepare.sh <repo>")
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
         state = None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    tensors = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors):
         raise UserError(
-            f"{path} is not a whole state dict saved by torch.save; convert or download it again"
+            f"{path} is not a whole state dict in the zip format of torch.save; make it again"
         )
     state.pop("rope.freqs", None)  # Meta's own files carry this table, which is computed here
     return state
@@ -373,12 +402,17 @@ def load_state(path: Path) -> dict[str, Tensor]:
 def check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise a `UserError` that names the first tensor that does not fit the model, and how."""
     advice = "is it of another model than config.json describes? Convert it again"
+
+    def kind(tensor: Tensor) -> str:
+        dtype = "float" if tensor.is_floating_point() else str(tensor.dtype)
+        return f"{dtype.removeprefix('torch.')} {list(tensor.shape)}"
+
     for name, tensor in expected.items():
         if state.get(name) is None:
             raise UserError(f"{path} lacks the tensor {name}; {advice}")
-        if state[name].shape != tensor.shape:
-            found, wanted = list(state[name].shape), list(tensor.shape)
-            raise UserError(f"{path}: {name} has shape {found}, not {wanted}; {advice}")
+        if kind(state[name]) != kind(tensor):
+            found, wanted = kind(state[name]), kind(tensor)
+            raise UserError(f"{path}: {name} is {found}, not {wanted}; {advice}")
     for name in state.keys() - expected.keys():
         raise UserError(f"{path} holds {name}, which this model does not have; {advice}")
 

@@ -89,14 +89,15 @@ class Tokenizer:
         files = [folder / f"{x}config.json" for x in ("tokenizer_", "generation_", "")]
         config, *others = [read_json(file) if file.is_file() else {} for file in files]
         flat = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
-        self.names = {key: flat[key] for key in ("bos_token", "eos_token") if flat.get(key)}
+        names = {key: flat.get(key) for key in ("bos_token", "eos_token")}
+        self.names = {key: name for key, name in names.items() if isinstance(name, str)}
         adds_bos = flat.get("add_bos_token")
         self.adds_bos = self.bos_id is not None if adds_bos is None else adds_bos
         self.bos_id = self.controls.get(self.names.get("bos_token"), self.bos_id)
         ends = [self.names.get("eos_token"), "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
         self.eos_ids |= {self.controls.get(name) for name in ends}
         for ids in [other.get("eos_token_id") for other in others]:
-            self.eos_ids |= set(ids if isinstance(ids, list) else [ids])
+            self.eos_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
         self.eos_ids &= set(range(self.vocab_size))
 
         template, path = config.get("chat_template"), folder / "chat_template.jinja"

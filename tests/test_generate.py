@@ -1,5 +1,6 @@
 """Generation: the text is the model's, whatever the batch, the cache and the compiler."""
 
+import functools
 import io
 import json
 import os
@@ -23,10 +24,13 @@ GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 9, 200, 31, 7], [77], list(range(20, 90)), [3, 3, 3]]
 
 
-def engine(batch_size=1, length=256, model=None, **options) -> Engine:
-    model = model or random_model(CONFIG)
+def make_engine(batch_size=1, length=256, config=CONFIG, compile=None, **options) -> Engine:
+    model = random_model(config)
     model.setup_caches(batch_size, length)
-    return Engine(model, options.pop("compile", None), **options)
+    return Engine(model, compile, **options)
+
+
+engine = make_engine
 
 
 def run_rows(engine, prompts, n=40, sampling=GREEDY, **options) -> list[list[int]]:
@@ -225,10 +229,23 @@ def test_the_seed_decides_the_text():
 # ---- Compilation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["block", "whole"])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_nothing_recompiles_after_warm_up_and_the_text_is_the_same(mode, batch_size):
+# Sizes that are equal, to each other or to a number of cache positions, must not be taken for one.
+WIDE = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 128}
+
+
+@pytest.mark.parametrize(
+    "mode, batch_size, shape",
+    [
+        ("block", 1, {}),
+        ("block", 3, WIDE),
+        ("block", 1, WIDE),
+        ("whole", 1, WIDE),
+        ("whole", 3, {}),
+    ],
+)
+def test_nothing_recompiles_after_warm_up_and_the_text_is_the_same(mode, batch_size, shape):
     torch.compiler.reset()
+    engine = functools.partial(make_engine, config=CONFIG | shape)
     compiled = engine(batch_size, length=256, compile=mode, compile_prefill=True)
     compiled.warm_up(batch_size)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -363,8 +380,17 @@ def test_no_chat_conversation_continues_the_text(run_cli, tmp_path):
         (["--prompt", ""], "prompt is empty"),
         (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
         (["--max_seq_length", "513"], "context, 512"),
-        (["--temperature", "-1"], "--temperature: '-1' is not a number of at least 0"),
+        (["--temperature", "-1"], "--temperature: '-1' is not a number from 0 to 100"),
         (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "inf"], "from 0 to 100"),
+        (["--seed", "9" * 30], "--seed"),
+        (["--prompt", "9" * 20], "tokens and the cache 512 positions"),
+        (["--prompt", "0"], "prompt is empty"),
+        (["--batch_size", "10000"], "from 1 to 4096"),
+        (["--json", "/dev/null/figures.json"], "cannot be written"),
+        (["--json", "."], "cannot be written"),
+        (["--profile", ""], "cannot be written"),
+        (["--checkpoint_path", "."], "is a folder"),
         (["--top_p", "1.5"], "from 0 to 1"),
         (["--min_p", "2"], "from 0 to 1"),
         (["--top_k", "-3"], "--top_k"),
@@ -382,6 +408,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(run_cli, flags, named):
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_a_cache_that_does_not_fit_into_memory_is_said(run_cli, monkeypatch):
+    def full(*sizes):
+        raise torch.OutOfMemoryError("allocator")
+
+    monkeypatch.setattr(Transformer, "setup_caches", full)
+    code, _, err = run_cli("--batch_size", "3")
+    assert code == 2 and "KV cache of 3 rows of 512 positions" in err and err.count("\n") == 1
+
+
 def test_the_wrong_tokenizer_is_noticed(run_cli, tmp_path):
     small = write_checkpoint(tmp_path, CONFIG | {"vocab_size": 100})
     code, _, err = run_cli("--checkpoint_path", small)
@@ -395,10 +430,23 @@ def test_a_missing_tokenizer_is_noticed(run_cli, tmp_path):
     assert code == 2 and str(tmp_path) in err and err.count("\n") == 1
 
 
-def test_a_profile_that_cannot_be_written_leaves_nothing(run_cli, tmp_path):
-    (tmp_path / "taken").write_text("")
-    code, _, err = run_cli("--json", tmp_path / "taken" / "figures.json", "--max_new_tokens", "1")
-    assert code == 2 and "taken" in err
+def test_a_pipe_and_a_link_are_written_to_and_not_replaced(run_cli, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real.json")
+    assert run_cli("--max_new_tokens", "2", "--json", tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "real.json").read_text())
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    assert run_cli("--max_new_tokens", "2", "--json", tmp_path / "pipe")[0] == 0
+    assert json.loads(reader.communicate(timeout=30)[0])["samples"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_prompts_are_lines_and_nothing_else_divides_them(run_cli, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\x0cstill one\r\ntwo\u2028still two\n".encode())
+    _, out, _ = run_cli("--prompts_file", file, "--max_new_tokens", "1")
+    assert [line for line in out.split("\n") if line.startswith("---")] == ["--- 0", "--- 1"]
+    assert "\n--- 1\ntwo" in out and "\n" + "one\x0cstill one" in out
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):

@@ -109,6 +109,36 @@ def test_what_the_network_is_not_is_refused_by_name(change, named):
         ModelArgs.from_config(CONFIG | change)
 
 
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"hidden_size": None}, "dim is None"),
+        ({"hidden_size": "64"}, "dim is '64'"),
+        ({"num_hidden_layers": 2.0}, "n_layer is 2.0"),
+        ({"num_attention_heads": 0}, "n_head is 0"),
+        ({"max_position_embeddings": None}, "block_size is None"),
+        ({"rms_norm_eps": "x"}, "norm_eps is 'x'"),
+        ({"rope_theta": "a"}, "rope_base is 'a'"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ],
+)
+def test_a_config_with_a_value_of_the_wrong_kind_is_refused(change, named):
+    with pytest.raises(UserError, match=named):
+        ModelArgs.from_config(CONFIG | change)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_tied_embedding_is_one_tensor_in_every_precision(precision, tmp_path):
+    path = write_checkpoint(tmp_path, CONFIG | {"tie_word_embeddings": True}, torch.bfloat16)
+    state = torch.load(path)
+    del state["output.weight"]
+    torch.save(state, path)
+    model = Transformer.from_checkpoint(path, dtype=precision)
+    assert model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
+
+
 def test_a_config_that_lacks_a_size_is_refused():
     with pytest.raises(UserError, match="hidden_size"):
         ModelArgs.from_config({k: v for k, v in CONFIG.items() if k != "hidden_size"})
@@ -205,10 +235,14 @@ def test_precision_is_what_was_asked_for(precision, tmp_path):
         (lambda path: path.write_text("hello"), "not a whole state dict"),
         (lambda path: torch.save([1, 2], path), "not a whole state dict"),
         (lambda path: torch.save({"model": {}}, path), "not a whole state dict"),
+        (
+            lambda path: torch.save({"output.weight": torch.eye(3).to_sparse()}, path),
+            "not a whole state dict",
+        ),
         (lambda path: torch.save({}, path), "lacks the tensor tok_embeddings.weight"),
         (
             lambda path: torch.save(random_model(CONFIG | {"vocab_size": 301}).state_dict(), path),
-            r"tok_embeddings.weight has shape \[301, 48\], not \[300, 48\]",
+            r"tok_embeddings.weight is float \[301, 48\], not float \[300, 48\]",
         ),
         (
             lambda path: torch.save(torch.load(path) | {"extra.weight": torch.zeros(1)}, path),
