@@ -1,0 +1,233 @@
+"""GPTQ: 4-bit weights whose rounding errors are made good by the columns still to be rounded.
+
+Frantar et al. 2023 (arXiv 2210.17323). What counts is not how far a weight moves but how far the
+layer's outputs do, on real inputs: ||(W - Q) X||². The Hessian of that, 2 X X^T, says how the
+columns to come should change after one was rounded. `calibration_sequences` cuts texts into inputs,
+`quantize_blocks` runs them through a model and collects the Hessians, `gptq` rounds one weight.
+
+Format: value = (code - 8) * scale + zero, codes 0 to 15, one scale and zero for each group of
+neighbouring input columns of an output row.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from cli import UserError
+from linear import Linear
+from model import Transformer
+
+# ------------------------------------------------------------------------------------------------
+# One weight
+
+
+def inverse_root(hessian: Tensor, percdamp: float) -> Tensor:
+    """Upper triangular U with U^T U = the inverse of the damped hessian `[in, in]`.
+
+    Row j of U, divided by its diagonal, is what column j's error does to the columns after it. A
+    Cholesky factorization of the reversed matrix gives U without forming the inverse. `percdamp` of
+    the diagonal's mean is added to the diagonal, and more when that is not enough.
+    """
+    reverse = hessian.flip(0, 1)
+    diagonal = reverse.diagonal()
+    mean = diagonal.mean()
+    diagonal[diagonal == 0] = 1  # an input that was always 0: its column concerns no other
+    eye = torch.eye(len(hessian), device=hessian.device)
+    for damping in (percdamp, 0.1, 1.0):
+        lower, failed = torch.linalg.cholesky_ex(reverse + damping * mean * eye)
+        if not failed and lower.isfinite().all():
+            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    raise UserError("calibrating gave values that are not finite; is the checkpoint damaged?")
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    groupsize: int,
+    find_grid: Callable[[Tensor], tuple[Tensor, Tensor]],
+    percdamp: float = 0.01,
+    blocksize: int = 128,
+    act_order: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Round weight `[out, in]` to 4 bits so that outputs on inputs of this hessian hardly change.
+
+    `find_grid` maps weights `[out, groupsize]` in float32 to their scales (above 0) and zeros,
+    `[out]` each, with values that bf16 holds. `groupsize` divides `in`. A group's grid is chosen
+    when its first column is reached; `act_order` rounds the columns with the largest inputs first
+    instead, on grids of the original weights. `blocksize` is a matter of speed: errors reach
+    columns beyond the block in one matmul at its end. Returns codes uint8 `[out, in]` and
+    scales_and_zeros bf16 `[in / groupsize, out, 2]`.
+    """
+    columns = torch.empty(weight.shape[::-1], device=weight.device).copy_(weight.t())  # [in, out]
+    codes = torch.empty_like(columns, dtype=torch.uint8)
+    grids = columns.new_empty(len(columns) // groupsize, columns.shape[1], 2)
+    order = torch.arange(len(columns), device=columns.device)
+    if act_order:
+        for group, members in enumerate(columns.split(groupsize)):
+            grids[group] = torch.stack(find_grid(members.t()), -1)
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        columns, hessian = columns[order], hessian[order][:, order]
+    root = inverse_root(hessian.float(), percdamp)
+    # With whole groups in a block, all weights of a group are up to date when it is reached.
+    blocksize = max(blocksize // groupsize, 1) * groupsize
+    for start in range(0, len(columns), blocksize):
+        end = min(start + blocksize, len(columns))
+        errors = torch.empty_like(columns[start:end])
+        for j, place in enumerate(order[start:end].tolist(), start):
+            group = place // groupsize
+            if not act_order and j % groupsize == 0:
+                grids[group] = torch.stack(find_grid(columns[j : j + groupsize].t()), -1)
+            scale, zero = grids[group].unbind(-1)  # [out] each
+            steps = ((columns[j] - zero) / scale).round().clamp(-8, 7)
+            codes[place] = (steps + 8).to(torch.uint8)
+            error = (columns[j] - (steps * scale + zero)) / root[j, j]
+            columns[j + 1 : end].addr_(root[j, j + 1 : end], error, alpha=-1)
+            errors[j - start] = error
+        columns[end:].addmm_(root[start:end, end:].t(), errors, alpha=-1)
+    return codes.t().contiguous(), grids.bfloat16()
+
+
+# ------------------------------------------------------------------------------------------------
+# A whole model
+
+
+def task_texts(names: list[str], include_path: Path | None) -> list[str]:
+    """What a model reads in these lm-eval tasks; `UserError` on an unknown one."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("--calibration_tasks needs lm-eval; run `pip install lm-eval`") from None
+    manager = TaskManager(include_path=include_path)
+    texts = []
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UserError(
+                f"--calibration_tasks: lm-eval has no task {name!r}; see --include_path"
+            )
+        (task,) = manager.load([name])["tasks"].values()
+        task.build_all_requests(rank=0, world_size=1)
+        for request in task.instances:
+            texts.append("".join(part for part in request.args if isinstance(part, str)))
+    return texts
+
+
+def calibration_sequences(
+    texts: Iterable[str],
+    encode: Callable[[str], list[int]],
+    length: int,
+    limit: int,
+    keep_short: bool = False,
+) -> list[Tensor]:
+    """The first `limit` pieces of `length` tokens of the texts, each text cut on its own.
+
+    What is left over at a text's end is a piece only with `keep_short`. `UserError` if there is no
+    piece at all.
+    """
+
+    def pieces() -> Iterator[Tensor]:
+        for text in texts:
+            for piece in torch.tensor(encode(text), dtype=torch.long).split(length):
+                if len(piece) == length or (keep_short and len(piece)):
+                    yield piece
+
+    found = list(itertools.islice(pieces(), limit))
+    if not found:
+        raise UserError(
+            f"no calibration text has {length} tokens; take longer texts, lower "
+            "--calibration_seq_length or add --pad_calibration_inputs"
+        )
+    return found
+
+
+class AllAtOnce(nn.Module):
+    """Stands in for a KV cache where every position of a sequence comes in the same call."""
+
+    def update(self, input_pos: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        return k.transpose(1, 2), v.transpose(1, 2)  # [1, T, H, D] -> [1, H, T, D]
+
+
+def add_inputs(hessian: Tensor, count: int, linear: Linear, args: tuple[Tensor]) -> None:
+    """A forward pre-hook: add the part of x `[1, T, in]` to 2 X X^T / count, in float32."""
+    x = args[0][0].float()
+    hessian.addmm_(x.t(), x, alpha=2 / count)
+
+
+def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: int) -> dict:
+    """By name, the Hessian `[in, in]` of each Linear's inputs while `run` maps all states.
+
+    `states` are hidden states `[1, T, dim]`, `count` positions together.
+    """
+    hessians, hooks = {}, []
+    for name, linear in linears.items():
+        if name.endswith("w3"):  # gets the very input of w1
+            hessians[name] = hessians[name.removesuffix("w3") + "w1"]
+            continue
+        width = linear.weight.shape[1]
+        hessians[name] = torch.zeros(width, width, device=linear.weight.device)
+        hook = functools.partial(add_inputs, hessians[name], count)
+        hooks.append(linear.register_forward_pre_hook(hook))
+    for x in states:
+        run(x)
+    for hook in hooks:
+        hook.remove()
+    return hessians
+
+
+@torch.no_grad()
+def quantize_blocks(
+    model: Transformer,
+    sequences: Iterable[Tensor],
+    quantize: Callable[[str, Tensor, Tensor], Tensor],
+) -> None:
+    """Call `quantize(name, weight, hessian)` once for every Linear, block by block.
+
+    It returns the weight as it will be after quantization: the later blocks' inputs are computed
+    with it, so that their Hessians know of the errors before them. The weights of the model itself
+    stay as they are. `sequences` are token ids `[T]` of any lengths
+    up to the model's context. In memory are one block, its Hessians and the hidden states. Call
+    `setup_caches` before using the model for anything else.
+    """
+    device, groups = model.norm.weight.device, model.args.n_head // model.args.n_local_heads
+    names = {module: name for name, module in model.named_modules()}
+    states = [model.tok_embeddings(tokens[None].to(device)) for tokens in sequences]  # [1, T, dim]
+    lengths = [x.shape[1] for x in states]
+    longest, count = max(lengths), sum(lengths)
+    bar = tqdm(total=sum(isinstance(m, Linear) for m in names), desc="GPTQ", unit="matrix")
+
+    def block(layer, x, input_pos, freqs_cis, mask):
+        def run(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+            T = x.shape[1]
+            where = (input_pos[:, :T], freqs_cis[:, :T], mask[:, :, : T * groups, :T])
+            return functional_call(layer, weights, (x, *where))
+
+        layer.attention.kv_cache = AllAtOnce()
+        linears = {name: m for name, m in layer.named_modules() if isinstance(m, Linear)}
+        hessians = collect_hessians(linears, lambda x: run(x, {}), states, count)
+        weights = {}
+        for name, linear in linears.items():
+            weight = quantize(f"{names[layer]}.{name}", linear.weight, hessians[name])
+            weights[name + ".weight"] = weight.to(linear.weight)
+            bar.update()
+        for i, state in enumerate(states):
+            states[i] = run(state, weights)
+        return x
+
+    # One dummy row asks the model for rotations and mask; the blocks map `states` in its place.
+    model.setup_caches(0, longest)
+    dummy = torch.zeros(1, longest, dtype=torch.long, device=device)
+    positions = torch.arange(longest, device=device)[None]
+    model(dummy, positions, longest, last=dummy[:, 0], block=block)
+    hessian = torch.zeros(model.args.dim, model.args.dim, device=device)
+    for x in states:
+        add_inputs(hessian, count, model.output, (model.norm(x),))  # spares us all logits
+    quantize("output", model.output.weight, hessian)
+    bar.update()
+    bar.close()

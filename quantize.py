@@ -1,0 +1,279 @@
+"""Makes a quantized checkpoint of a bf16 one: smaller, and so much faster to decode.
+
+    python quantize.py --checkpoint_path checkpoints/…/model.pth --mode int4 --groupsize 32
+
+What is written says by its tensors what it is (see linear.py), so it loads like any other. The
+weights are read from the mapped file and quantized one at a time.
+"""
+
+from __future__ import annotations
+
+import difflib
+from argparse import Namespace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import gptq
+from cli import Parser, UserError, add_checkpoint_flags, number, replacing, run
+from linear import Linear, linear_for, pack_int4
+from model import Transformer, find_device
+from tokenizer import Tokenizer
+
+GROUP_SIZES = (32, 64, 128, 256)
+INT8_IN_HYBRID = ("layers.*.attention.wo", "layers.*.feed_forward.w1", "output")
+
+# ------------------------------------------------------------------------------------------------
+# The tensors of each scheme
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round weight `[out, in]` to int8, symmetrically by row: codes and bf16 scales `[out]`."""
+    weight = weight.float()
+    scales = (weight.abs().amax(1) / 127).clamp(min=1e-10).bfloat16()
+    codes = (weight / scales.float().unsqueeze(1)).round().clamp(-127, 127)
+    return codes.to(torch.int8), scales
+
+
+def find_grid(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and zero `[n]` that round groups `[n, g]` to 4 bits with the least squared error.
+
+    Grids from 1.0 down to 0.5 times a group's range are tried: clipping the extremes often costs
+    less than a finer grid gains. Both are bf16 values, as they will be stored.
+    """
+    low, high = groups.amin(1), groups.amax(1)
+    best = torch.full_like(low, float("inf"))
+    scale, zero = torch.zeros_like(low), torch.zeros_like(low)
+    for share in torch.linspace(1.0, 0.5, 21).tolist():
+        step = ((high - low) * share / 15).clamp(min=1e-10).bfloat16().float()
+        middle = ((high + low) / 2 + step / 2).bfloat16().float()  # the value of code 8
+        error = dequantize_groups(round_groups(groups, step, middle), step, middle) - groups
+        error = error.square().sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, step, scale), torch.where(better, middle, zero)
+    return scale, zero
+
+
+def round_groups(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Codes 0..15, as floats, of groups `[n, g]`."""
+    return ((groups - zero.unsqueeze(1)) / scale.unsqueeze(1)).round().add(8).clamp(0, 15)
+
+
+def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return (codes - 8) * scale.unsqueeze(1) + zero.unsqueeze(1)
+
+
+def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
+    """Round weight `[out, in]` to 4 bits by group: the two tensors of an `Int4Linear`."""
+    codes, grids = [], []
+    for part in weight.float().split(max(1, 2**24 // weight.shape[1])):  # bounds the memory
+        groups = part.reshape(-1, groupsize)
+        grid = find_grid(groups)
+        codes.append(round_groups(groups, *grid).to(torch.uint8).view(part.shape))
+        grids.append(torch.stack(grid, -1).view(len(part), -1, 2).bfloat16())
+    return pack_int4(torch.cat(codes)), torch.cat(grids).transpose(0, 1).contiguous()
+
+
+def quantize(
+    weight: Tensor, scheme: str, groupsize: int, hessian: Tensor | None = None, **gptq_options
+) -> dict[str, Tensor]:
+    """The stored tensors of one Linear; a Hessian `[in, in]` makes int4 by GPTQ."""
+    if scheme != "int4":
+        codes, scales = quantize_int8(weight)
+        return {"weight": codes, "scales" if scheme == "int8" else "scales_a8": scales}
+    if hessian is None:
+        packed, grid = quantize_int4(weight, groupsize)
+    else:
+        codes, grid = gptq.gptq(weight, hessian, groupsize, find_grid, **gptq_options)
+        packed = pack_int4(codes)
+    return {"weight": packed, "scales_and_zeros": grid}
+
+
+def dequantize(linear: Linear, tensors: dict[str, Tensor]) -> Tensor:
+    """The weight, float32 `[out, in]`, that a Linear with these stored tensors has."""
+    stored = linear_for(linear, tensors)
+    stored.load_state_dict(tensors, assign=True, strict=False)  # a bias is not stored here
+    return stored.float().dequantize()
+
+
+# ------------------------------------------------------------------------------------------------
+# Which Linear is stored how
+
+
+def choose_schemes(names: list[str], args: Namespace) -> dict[str, str]:
+    """The scheme of every Linear, by its name; `UserError` on a layer that the model lacks."""
+    if args.mode != "hybrid":
+        return dict.fromkeys(names, "int4" if args.mode == "int4-gptq" else args.mode)
+    critical = []
+    for entry in args.critical_layers or INT8_IN_HYBRID:
+        critical += read_text(Path(entry[1:])).split() if entry.startswith("@") else [entry]
+    schemes = dict.fromkeys(names, "int4")
+    for pattern in (pattern.removesuffix(".weight") for pattern in critical):
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise UserError(
+                f"--critical_layers: there is no layer {pattern!r}; near ones: {', '.join(near)}"
+            )
+        schemes |= dict.fromkeys(matches, "int8")
+    return schemes
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error})") from None
+
+
+def check_groups(linears: dict[str, Linear], schemes: dict[str, str], groupsize: int) -> None:
+    """Raise a `UserError` unless `groupsize` divides the width of every int4 Linear."""
+    widths = {name: linears[name].in_features for name in schemes if schemes[name] == "int4"}
+    for name, width in widths.items():
+        if width % groupsize:
+            fitting = [size for size in GROUP_SIZES if not any(w % size for w in widths.values())]
+            advice = f"--groupsize {' or '.join(map(str, fitting))} fits" if fitting else "use int8"
+            raise UserError(
+                f"--groupsize {groupsize} does not divide the {width} columns of {name}; {advice}"
+            )
+
+
+def file_name(args: Namespace) -> str:
+    """The published name of the new file, such as model_int4.g32.pth."""
+    kind = args.mode
+    if args.mode == "hybrid":
+        kind = "custom_hybrid_int8_int4" if args.critical_layers else "hybrid_int8_int4"
+    if not args.mode.startswith("int8"):
+        kind += f".g{args.groupsize}"
+    return f"{args.checkpoint_path.stem}{args.label}{kind}.pth"
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole checkpoint
+
+
+def quantize_model(
+    model: Transformer, schemes: dict[str, str], sequences: list[Tensor] | None, args: Namespace
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[float]]]:
+    """The stored tensors of every Linear, and the squared errors of the weights by scheme.
+
+    With calibration `sequences` of token ids, int4 is made by GPTQ.
+    """
+    stored: dict[str, dict[str, Tensor]] = {}
+    errors: dict[str, list[float]] = {scheme: [] for scheme in schemes.values()}
+    options = {"percdamp": args.percdamp, "blocksize": args.blocksize, "act_order": args.act_order}
+
+    def store(name: str, weight: Tensor, hessian: Tensor | None = None) -> Tensor:
+        tensors = quantize(weight, schemes[name], args.groupsize, hessian, **options)
+        result = dequantize(model.get_submodule(name), tensors)
+        errors[schemes[name]].append((result - weight.float()).square().mean().item())
+        stored[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
+        return result
+
+    if sequences:
+        gptq.quantize_blocks(model, sequences, store)
+    else:
+        for name in tqdm(schemes, "quantizing", unit="matrix"):
+            store(name, model.get_submodule(name).weight.to(args.device))
+    return stored, errors
+
+
+def summary(
+    source: Path,
+    output: Path,
+    stored: dict[str, dict[str, Tensor]],
+    model: Transformer,
+    errors: dict[str, list[float]],
+) -> str:
+    """What became smaller, and what that did to the weights."""
+    sizes = [path.stat().st_size / 1e6 for path in (source, output)]
+    weights = sum(model.get_submodule(name).weight.numel() for name in stored)
+    bits = 8 * sum(t.nbytes for tensors in stored.values() for t in tensors.values()) / weights
+    lines = [f"{output}: {sizes[1]:.1f} MB of {sizes[0]:.1f}, {bits:.2f} bits a weight"]
+    for scheme, values in errors.items():
+        mean = sum(values) / len(values)
+        lines.append(f"{scheme}: {len(values)} matrices, mean squared error {mean:.3e}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add_checkpoint_flags(parser)
+    add = parser.add_argument
+    modes = ["int8", "int8-activation", "int4", "int4-gptq", "hybrid"]
+    add("--mode", required=True, choices=modes)
+    add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="columns that share a grid")
+    add(
+        "--critical_layers",
+        nargs="+",
+        metavar="LAYER",
+        help="int8 in a hybrid: names, globs, @FILE",
+    )
+    add(
+        "--label", default="_", help="what stands between `model` and the scheme in the file's name"
+    )
+    add("--gptq", action="store_true", help="make the int4 part of a hybrid by GPTQ")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--calibration_file", type=Path, help="a text for GPTQ")
+    source.add_argument(
+        "--calibration_tasks", nargs="+", metavar="TASK", help="lm-eval's, for GPTQ"
+    )
+    add("--include_path", type=Path, help="a folder with further lm-eval tasks")
+    add("--calibration_limit", type=number(int, 1), default=128, help="sequences for GPTQ")
+    add("--calibration_seq_length", type=number(int, 2), default=512, help="tokens of each")
+    add("--pad_calibration_inputs", action="store_true", help="take shorter texts, too")
+    add("--percdamp", type=number(float, 0), default=0.01, help="damping of GPTQ's Hessians")
+    add("--blocksize", type=number(int, 1), default=128, help="columns GPTQ updates at once")
+    add("--act_order", action="store_true", help="GPTQ rounds columns of large inputs first")
+    return parser
+
+
+def main(args: Namespace) -> None:
+    if args.checkpoint_path is None:
+        raise UserError("pass --checkpoint_path with the model.pth to quantize")
+    by_gptq = args.gptq or args.mode == "int4-gptq"
+    if by_gptq and not (args.calibration_file or args.calibration_tasks):
+        raise UserError("GPTQ needs inputs: pass --calibration_file or --calibration_tasks")
+    if args.gptq and args.mode not in ("hybrid", "int4-gptq"):
+        raise UserError("--gptq goes with --mode hybrid; int4 by GPTQ is --mode int4-gptq")
+    if args.critical_layers and args.mode != "hybrid":
+        raise UserError("--critical_layers goes with --mode hybrid")
+    args.device = find_device(args.device)
+    path = args.checkpoint_path
+    model = Transformer.from_checkpoint(path, args.device if by_gptq else "cpu")
+    linears = {n: module for n, module in model.named_modules() if isinstance(module, Linear)}
+    if any(type(linear) is not Linear for linear in linears.values()):
+        raise UserError(f"{path} is quantized already; pass the model.pth it was made of")
+    schemes = choose_schemes([*linears], args)
+    check_groups(linears, schemes, args.groupsize)
+    sequences = None
+    if by_gptq:
+        encode = Tokenizer.from_folder(path.parent).encode
+        shape = (args.calibration_seq_length, args.calibration_limit, args.pad_calibration_inputs)
+        if args.calibration_file:
+            texts = [read_text(args.calibration_file)]
+        else:
+            texts = gptq.task_texts(args.calibration_tasks, args.include_path)
+        sequences = gptq.calibration_sequences(texts, encode, *shape)
+    stored, errors = quantize_model(model, schemes, sequences, args)
+    state = {}
+    for key, tensor in model.state_dict().items():
+        name, _, suffix = key.rpartition(".")
+        replaced = name in stored and suffix == "weight"
+        state |= {f"{name}.{k}": t for k, t in stored[name].items()} if replaced else {key: tensor}
+    output = path.with_name(file_name(args))
+    with replacing(output) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)  # to an open file: the archive would hold the temporary name
+    print(summary(path, output, stored, model, errors))
+
+
+if __name__ == "__main__":
+    run(main, make_parser())
