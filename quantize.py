@@ -44,37 +44,29 @@ def find_grid(groups: Tensor) -> tuple[Tensor, Tensor]:
     Grids from 1.0 down to 0.5 times a group's range are tried: clipping the extremes often costs
     less than a finer grid gains. Both are bf16 values, as they will be stored.
     """
-    low, high = groups.amin(1), groups.amax(1)
-    best = torch.full_like(low, float("inf"))
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    least = torch.full_like(low, float("inf"))
     scale, zero = torch.zeros_like(low), torch.zeros_like(low)
     for share in torch.linspace(1.0, 0.5, 21).tolist():
         step = ((high - low) * share / 15).clamp(min=1e-10).bfloat16().float()
         middle = ((high + low) / 2 + step / 2).bfloat16().float()  # the value of code 8
-        error = dequantize_groups(round_groups(groups, step, middle), step, middle) - groups
-        error = error.square().sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
+        steps = (groups - middle).div_(step)
+        error = steps.round().clamp_(-8, 7).sub_(steps).mul_(step).square_().sum(1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
         scale, zero = torch.where(better, step, scale), torch.where(better, middle, zero)
-    return scale, zero
-
-
-def round_groups(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Codes 0..15, as floats, of groups `[n, g]`."""
-    return ((groups - zero.unsqueeze(1)) / scale.unsqueeze(1)).round().add(8).clamp(0, 15)
-
-
-def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return (codes - 8) * scale.unsqueeze(1) + zero.unsqueeze(1)
+    return scale.squeeze(1), zero.squeeze(1)
 
 
 def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
     """Round weight `[out, in]` to 4 bits by group: the two tensors of an `Int4Linear`."""
     codes, grids = [], []
-    for part in weight.float().split(max(1, 2**24 // weight.shape[1])):  # bounds the memory
+    for part in weight.float().split(max(1, 2**18 // weight.shape[1])):  # fits the CPU's caches
         groups = part.reshape(-1, groupsize)
-        grid = find_grid(groups)
-        codes.append(round_groups(groups, *grid).to(torch.uint8).view(part.shape))
-        grids.append(torch.stack(grid, -1).view(len(part), -1, 2).bfloat16())
+        scale, zero = find_grid(groups)
+        steps = ((groups - zero.unsqueeze(1)) / scale.unsqueeze(1)).round().clamp(-8, 7)
+        codes.append((steps + 8).to(torch.uint8).view(part.shape))
+        grids.append(torch.stack((scale, zero), -1).view(len(part), -1, 2).bfloat16())
     return pack_int4(torch.cat(codes)), torch.cat(grids).transpose(0, 1).contiguous()
 
 

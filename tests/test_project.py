@@ -146,7 +146,7 @@ def run_in(folder: Path, *command: str, stdin: str = "") -> subprocess.Completed
 def test_a_command_of_the_readme_works(command, clone):
     done = run_in(clone, "bash", "-c", command, stdin="What is a llama?\nWhy?\n/quit\n")
     assert done.returncode == 0, done.stderr
-    if "generate.py" in command:
+    if "generate.py" in command and "quantize.py" not in command:
         assert len(done.stdout.split()) > 5 and "tokens/s" in done.stderr
 
 

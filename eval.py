@@ -1,0 +1,347 @@
+"""Measures a checkpoint: on lm-eval's tasks, or as the perplexity of a text file.
+
+    python eval.py --tasks hellaswag winogrande --limit 100
+    python eval.py --perplexity book.txt
+
+A task asks for the log probability of a continuation after a context (four endings of one story,
+say), for that of a whole page, or for new text. Scores agree with those of lm-eval's own adapter
+for Hugging Face models. What differs is the work: requests with the same context prefill it once.
+
+lm-eval is Gao et al. 2024, https://github.com/EleutherAI/lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cli import Parser, UserError, add_model_flags, number, replacing, run
+from generate import PREFILL_CHUNK, Engine, Sampling, default_checkpoint, generate, load
+from model import Transformer, find_device
+from tokenizer import StreamDecoder, Tokenizer
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+except ImportError:  # --perplexity does without
+    lm_eval, TemplateLM = None, object
+
+Pair = tuple[list[int], list[int]]  # the token ids of a context and of its continuation
+Score = tuple[float, bool]  # log probability of a continuation, and whether greedy would give it
+
+# ------------------------------------------------------------------------------------------------
+# What is scored together, and what one after the other
+
+
+def windows(ids: list[int], window: int, stride: int) -> Iterator[Pair]:
+    """Cut a text into a context and a continuation for each pass of `window` tokens.
+
+    Every token after the first is in one continuation. Those of the first pass see all that is
+    before them. Each further pass moves on by `stride`, and its tokens see `window - stride` or
+    more before them. With stride = window, it is how lm-eval cuts a page.
+    """
+    begin, end = 1, min(1 + window, len(ids))
+    while begin < end:
+        yield ids[max(0, end - 1 - window) : begin], ids[begin:end]
+        begin, end = end, min(end + stride, len(ids))
+
+
+def by_context(pairs: list[Pair]) -> list[list[int]]:
+    """Indices of the pairs that share a context, as a list for each context, longest first.
+
+    Sorted by both lengths, neighbours need little padding: a tenth less, on the tasks tried, than
+    by the exact length of the context.
+    """
+    groups = collections.defaultdict(list)
+    for i, (context, _) in enumerate(pairs):
+        # A single token is not worth sharing, and every page starts with the same one.
+        groups[tuple(context), i if len(context) == 1 else None].append(i)
+    for group in groups.values():
+        group.sort(key=lambda i: -len(pairs[i][1]))
+
+    def size(group: list[int]) -> tuple[int, int]:
+        return len(pairs[group[0]][0]) // 8, sum(len(pairs[i][1]) for i in group)
+
+    return sorted(groups.values(), key=size, reverse=True)
+
+
+def batches(items: list, size: int, title: str) -> Iterator[list]:
+    """Lists of `size` items and a last one of what is left, with a progress bar."""
+    for begin in tqdm(range(0, len(items), size), title, unit="batch"):
+        yield items[begin : begin + size]
+
+
+# ------------------------------------------------------------------------------------------------
+# What lm-eval calls
+
+
+class Evaluator(TemplateLM):
+    """Text in, scores and text out; contexts are split, begun and cut as lm-eval's HFLM does it.
+
+    One thing is not: the name of a special token in a document is text here, as everywhere else.
+    `max_length` is the window: no token is predicted from more tokens than that.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        max_length: int,
+        compile: bool = False,
+    ):
+        super().__init__()
+        self.model, self.tokenizer, self.compile = model, tokenizer, compile
+        self.batch_size, self.max_length, self.rows = batch_size, max_length, 0
+        self.engine = Engine(model, "block" if compile else None, compile_prefill=compile)
+
+    @property
+    def eot_token_id(self) -> int:
+        eos = self.tokenizer.names.get("eos_token")
+        return self.tokenizer.controls.get(eos, min(self.tokenizer.eos_ids, default=0))
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has nothing before it: BOS, else EOS."""
+        bos_id = self.tokenizer.bos_id
+        return self.eot_token_id if bos_id is None else bos_id
+
+    def tok_encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
+        return self.tokenizer.encode(text, bos=add_special_tokens is not False)
+
+    def reserve(self, requests: int, length: int) -> int:
+        """Make room for `length` positions; return the rows of a batch, the same for all batches.
+
+        Compiled code knows the shape of the cache: it is made again when the cache is.
+        """
+        rows = min(requests, self.batch_size)
+        if rows != self.rows or length > self.model.max_seq_length:
+            self.model.setup_caches(rows, length)
+            self.rows = rows
+            if self.compile:
+                torch.compiler.reset()
+                self.engine.warm_up(rows)
+        return rows
+
+    def score(self, pairs: list[Pair]) -> list[Score]:
+        """Score each continuation after its context, which has one token or more.
+
+        A batch holds one context a row. What lies beyond a row's positions is never looked at, so
+        the continuations of a context follow it in turn, each written over the one before.
+        """
+        if not pairs:
+            return []
+        groups, scores = by_context(pairs), {}
+        longest = max(len(context) + len(continuation) for context, continuation in pairs)
+        rows = self.reserve(len(groups), longest - 1)
+        for batch in batches(groups, rows, "scoring"):
+            padding = [[]] * (rows - len(batch))
+            # The last token of a context is fed with each continuation, whose first it predicts.
+            contexts = [pairs[group[0]][0][:-1] for group in batch] + padding
+            self.engine.prefill(contexts)
+            for turn in itertools.zip_longest(*batch):  # a request of each row, or None
+                tokens = [[] if i is None else pairs[i][0][-1:] + pairs[i][1] for i in turn]
+                answers = self.follow([*map(len, contexts)], tokens + padding)
+                scores.update(zip(turn, answers, strict=False))
+        return [scores[i] for i in range(len(pairs))]
+
+    def follow(self, starts: list[int], rows: list[list[int]]) -> list[Score]:
+        """Score each row's tokens but the first, standing after `starts` tokens in the cache."""
+        spare, device = self.model.max_seq_length, self.model.freqs_cis.device
+        totals, greedy = [0.0] * len(rows), [True] * len(rows)
+        step = max(1, PREFILL_CHUNK // len(rows))  # bounds the logits
+        for begin in range(0, max(map(len, rows)) - 1, step):
+            fed = [row[:-1][begin : begin + step] for row in rows]
+            counts = [*map(len, fed)]
+            first, T = [start + begin for start in starts], max(counts)
+            ranges = [range(i, i + n) for i, n in zip(first, counts, strict=True)]
+            idx = [row + [0] * (T - len(row)) for row in fed]
+            pos = [[*places] + [spare] * (T - len(places)) for places in ranges]
+            idx, pos = (torch.tensor(x, device=device) for x in (idx, pos))  # [B, T]
+            filled = max(places.stop for places in ranges if places)
+            logits = self.engine.step(idx, pos, self.model.kv_steps(filled))
+            logits = logits[pos < spare].float()  # [B, T, V] -> [N, V]
+            flat = itertools.chain(*(row[1:][begin : begin + step] for row in rows))
+            targets = torch.tensor([*flat], device=device)  # [N]
+            log_probs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+            hits = (logits.argmax(1) == targets).cpu().split(counts)
+            for row, part in enumerate(log_probs.cpu().double().split(counts)):
+                totals[row] += part.sum().item()
+                greedy[row] &= hits[row].all().item()
+        return [*zip(totals, greedy, strict=True)]
+
+    def _loglikelihood_tokens(self, requests: list[tuple], **_) -> list[Score]:
+        """Score `(texts, context, continuation)`; a context that is too long loses its start."""
+        pairs = []
+        for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"a continuation has {len(continuation)} tokens and the window only "
+                    f"{self.max_length}; raise --max_seq_length or leave this task out"
+                )
+            room = self.max_length + 1 - len(continuation)  # the last token is not fed
+            pairs.append(((context or [self.prefix_token_id])[-room:], continuation))
+        return self.score(pairs)
+
+    def loglikelihood_rolling(self, requests: list) -> list[float]:
+        """Log probabilities of whole pages, each token seeing up to `max_length` before it."""
+        pages = []
+        for request in requests:
+            ids = [self.prefix_token_id, *self.tok_encode(request.args[0])]
+            pages.append([*windows(ids, self.max_length, self.max_length)])
+        scores = iter(self.score([*itertools.chain(*pages)]))
+        return [sum(next(scores)[0] for _ in page) for page in pages]
+
+    def generate_until(self, requests: list) -> list[str]:
+        """Continue contexts, those with the same settings together, longest first."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        groups, texts = collections.defaultdict(list), {}
+        for i, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+        for key, group in groups.items():
+            settings = normalize_gen_kwargs(json.loads(key))
+            room = self.max_length - settings["max_gen_toks"]
+            if not 0 < room < self.max_length:
+                raise UserError(
+                    f"max_gen_toks {settings['max_gen_toks']} of a task should be from 1 to "
+                    f"{self.max_length - 1}; raise --max_seq_length or leave this task out"
+                )
+            prompts = {}
+            for i in group:
+                ids = self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
+                prompts[i] = ids[-room:]
+            group.sort(key=lambda i: -len(prompts[i]))
+            rows = self.reserve(len(group), len(prompts[group[0]]) + settings["max_gen_toks"])
+            for batch in batches(group, rows, "generating"):
+                answers = self.complete([prompts[i] for i in batch], settings, seed=batch[0])
+                texts.update(zip(batch, answers, strict=True))
+        return [texts[i] for i in range(len(requests))]
+
+    def complete(self, prompts: list[list[int]], settings: dict, seed: int) -> list[str]:
+        """The text after each prompt until a stop string, an EOS token or `max_gen_toks` tokens."""
+        until = [stop for stop in settings["until"] if stop]
+        ends = self.tokenizer.eos_ids | {self.tokenizer.controls.get(stop) for stop in until}
+        filters = {name: settings[name] for name in ("top_p", "min_p") if name in settings}
+        sampling = Sampling(settings.get("temperature", 0.0), settings.get("top_k", 0), **filters)
+        limits = (settings["max_gen_toks"], ends, seed)
+        streams = [StreamDecoder(self.tokenizer) for _ in prompts]
+        texts, done = [""] * len(prompts), [False] * len(prompts)
+        prompts = prompts + [[]] * (self.rows - len(prompts))
+        for tokens in generate(self.engine, prompts, sampling, *limits):
+            for i, stream in enumerate(streams):
+                done[i] |= tokens[i] is None or tokens[i] in ends
+                if not done[i]:
+                    texts[i] += stream.push(tokens[i])
+                    done[i] = any(stop in texts[i] for stop in until)
+            if all(done):
+                break
+        for i, stream in enumerate(streams):
+            texts[i] += stream.flush()
+            for stop in until:
+                texts[i] = texts[i].split(stop)[0]
+        return texts
+
+
+# ------------------------------------------------------------------------------------------------
+# The two measurements
+
+
+def run_tasks(evaluator: Evaluator, args: Namespace) -> dict:
+    """Run lm-eval's tasks and print its tables; returns its results."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    manager = TaskManager(include_path=args.include_path)
+    for name in args.tasks:
+        if not manager.match_tasks([name]):
+            what = f"lm-eval knows no task {name!r}; `lm-eval ls tasks` lists them"
+            raise UserError(f"{what}, --include_path DIR adds those of a folder")
+    tasks = manager.match_tasks(args.tasks)
+    options = {"limit": args.limit, "num_fewshot": args.num_fewshot, "log_samples": False}
+    try:
+        results = lm_eval.simple_evaluate(evaluator, tasks=tasks, task_manager=manager, **options)
+    except (OSError, ImportError) as error:  # data that cannot be fetched, a package of the task
+        reason = " ".join(str(error).split())
+        raise UserError(f"lm-eval cannot run {', '.join(tasks)} ({reason})") from None
+    for part in ("results", "groups"):
+        if results.get(part):
+            print(make_table(results, part))
+    return results
+
+
+def perplexity(evaluator: Evaluator, args: Namespace) -> dict:
+    """Print the perplexity of a text file; returns the figures.
+
+    It is exp of the mean negative log probability of the file's tokens. Each is scored once, after
+    at least window - stride tokens before it (or all, if there are fewer), and the first after BOS.
+    """
+    try:
+        text = args.perplexity.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --perplexity {args.perplexity} ({error})") from None
+    ids = evaluator.tok_encode(text, add_special_tokens=False)
+    if not ids:
+        raise UserError(f"--perplexity {args.perplexity} is empty; give a file with text")
+    window = evaluator.max_length
+    stride = args.stride or (window + 1) // 2
+    if stride > window:
+        raise UserError(f"--stride {stride} is over the window, {window}; lower it")
+    scores = evaluator.score([*windows([evaluator.prefix_token_id, *ids], window, stride)])
+    nats = -sum(log_prob for log_prob, _ in scores)
+    value, bits = math.exp(nats / len(ids)), nats / math.log(2) / len(text.encode())
+    print(f"perplexity {value:.4f} over {len(ids)} tokens of {args.perplexity}, ", end="")
+    print(f"{bits:.4f} bits a byte (window {window}, stride {stride})")
+    figures = {"perplexity": value, "tokens": len(ids), "bits_per_byte": bits}
+    return figures | {"window": window, "stride": stride}
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add_model_flags(parser)
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval tasks, such as arc_*")
+    what.add_argument("--perplexity", type=Path, metavar="FILE", help="perplexity of a text")
+    add("--limit", type=number(int, 1), help="documents of each task (default: all)")
+    add("--num_fewshot", type=number(int, 0), help="examples before each document")
+    add("--include_path", type=Path, metavar="DIR", help="a folder with task definitions")
+    add("--stride", type=number(int, 1), help="of --perplexity (default: half of the window)")
+    add("--batch_size", type=number(int, 1), default=8, help="contexts run at once (default: 8)")
+    add("--compile", action="store_true", help="compile one transformer block for all layers")
+    add("--output_path", type=Path, metavar="FILE", help="write the results as JSON")
+    return parser
+
+
+def main(args: Namespace) -> None:
+    if args.tasks and lm_eval is None:
+        raise UserError("--tasks needs the package lm-eval; pip install lm-eval==0.4.13")
+    path, device = args.checkpoint_path or default_checkpoint(), find_device(args.device)
+    model, tokenizer = load(path, device, args.precision)
+    window = args.max_seq_length or model.args.block_size
+    if window > model.args.block_size:
+        raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
+    evaluator = Evaluator(model, tokenizer, args.batch_size, window, args.compile)
+    results = run_tasks(evaluator, args) if args.tasks else perplexity(evaluator, args)
+    if args.output_path:
+        settings = {"model": str(path), "device": str(device), "precision": args.precision}
+        settings |= {"max_seq_length": window, "batch_size": args.batch_size}
+        results["config"] = results.get("config", {}) | settings
+        with replacing(args.output_path) as temporary:
+            temporary.write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main, make_parser())
