@@ -326,6 +326,12 @@ def make_parser() -> Parser:
 
 
 def main(args: Namespace) -> None:
+    if args.stride and args.tasks:
+        raise UserError("--stride goes with --perplexity; leave it out")
+    if args.perplexity and (args.limit or args.num_fewshot or args.include_path):
+        raise UserError("--limit, --num_fewshot and --include_path go with --tasks; leave them out")
+    if args.include_path and not args.include_path.is_dir():
+        raise UserError(f"--include_path {args.include_path} is no folder; name the one with YAMLs")
     if args.tasks and lm_eval is None:
         raise UserError("--tasks needs the package lm-eval; pip install lm-eval==0.4.13")
     path, device = args.checkpoint_path or default_checkpoint(), find_device(args.device)
