@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
+from linear import FEW_ROWS
 from model import Transformer, TransformerBlock, find_device
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -54,8 +55,12 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
     top-k keeps the K likeliest tokens, top-p (nucleus; Holtzman et al. 2020, arXiv 1904.09751) the
     fewest whose probabilities reach p, min-p (Nguyen et al. 2024, arXiv 2407.01082) those at least
-    min_p times as likely as the likeliest. The likeliest token always stays.
+    min_p times as likely as the likeliest. The likeliest token always stays; at temperature 0 it is
+    alone.
     """
+    if sampling.temperature < 1e-5:
+        tokens = logits.argmax(-1, keepdim=True)
+        return torch.ones_like(tokens, dtype=torch.float32), tokens
     logits = logits.float() / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0:
         return logits.softmax(-1), torch.arange(logits.shape[-1], device=logits.device).expand_as(
@@ -70,16 +75,20 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return probs / probs.sum(-1, keepdim=True), tokens
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token a row: logits `[B, V]` -> `[B]`, without waiting for the device.
+def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index a row, as likely as its share of weights `[B, K]`: `[B, 1]`.
 
-    The largest of p / Exponential(1) falls on token i with probability p_i (the Gumbel-max trick).
+    The largest of w / Exponential(1) falls on i with probability w_i / sum w (the Gumbel-max
+    trick), and nothing waits for the device.
     """
-    if sampling.temperature < 1e-5:
-        return logits.argmax(-1)
+    noise = torch.empty_like(weights).exponential_(generator=generator).clamp_(min=1e-20)
+    return (weights / noise).argmax(-1, keepdim=True)
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token a row: logits `[B, V]` -> `[B]`."""
     probs, tokens = candidates(logits, sampling)
-    noise = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-20)
-    return tokens.gather(-1, (probs / noise).argmax(-1, keepdim=True)).squeeze(-1)
+    return tokens.gather(-1, draw(probs, generator)).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -90,15 +99,23 @@ class Engine:
     """A model with its KV cache, and the functions, compiled or not, that run it.
 
     `compile` "block" compiles one transformer block that serves every layer: a short cold start.
-    "whole" compiles the whole decoding step, on CUDA into a CUDA graph.
+    "whole" compiles the whole decoding step, on CUDA into a CUDA graph. A decoding step takes up to
+    `width` tokens a row; more are prefilled.
     """
 
-    def __init__(self, model: Transformer, compile: str | None, compile_prefill: bool = False):
-        self.model = model
+    def __init__(
+        self,
+        model: Transformer,
+        compile: str | None,
+        compile_prefill: bool = False,
+        width: int = 1,
+    ):
+        self.model, self.compile_prefill, self.width = model, compile_prefill, width
         self.decode_step = self.prefill_step = model
         # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
         # sizes that happen to be equal when it is made are not taken for one and the same.
         torch.fx.experimental._config.use_duck_shape = False
+        torch._dynamo.config.recompile_limit = 64  # a graph for each mix of schemes in a block
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True)
         if compile == "block":
             self.decode_step = functools.partial(model, block=compiled(TransformerBlock.forward))
@@ -111,18 +128,20 @@ class Engine:
     def step(
         self, idx: Tensor, input_pos: Tensor, kv_len: int, last: Tensor | None = None
     ) -> Tensor:
-        """Logits of tokens idx `[B, T]` at input_pos; T = 1 is a decoding step."""
-        if idx.shape[1] == 1:
-            return self.decode_step(idx, input_pos, kv_len)
-        return self.prefill_step(idx, input_pos, kv_len, last)
+        """Logits of tokens idx `[B, T]` at input_pos; the arguments are those of the model."""
+        if idx.shape[1] > self.width:
+            return self.prefill_step(idx, input_pos, kv_len, last)
+        logits = self.decode_step(idx, input_pos, kv_len)
+        return logits if last is None else logits.take_along_dim(last[:, None, None], 1)
 
     def warm_up(self, batch_size: int) -> float:
         """Compile everything now; the seconds it took."""
         model, device, began = self.model, self.model.freqs_cis.device, time.perf_counter()
-        for T in (1, 2):
+        longest = FEW_ROWS + 1 if self.compile_prefill else self.width
+        for T in {1, 2, self.width + 1, FEW_ROWS + 1} & {*range(longest + 1)}:
             idx = torch.zeros(batch_size, T, dtype=torch.int64, device=device)
             input_pos = torch.full_like(idx, model.max_seq_length)  # the spare slot
-            last = None if T == 1 else input_pos.new_zeros(batch_size)
+            last = None if T <= self.width else input_pos.new_zeros(batch_size)
             for _ in range(3):  # a CUDA graph is compiled, recorded and replayed
                 self.step(idx, input_pos, model.kv_steps(1), last)
         synchronize(device)

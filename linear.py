@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
+FEW_ROWS = 32  # up to here kernels that decode as they multiply; above, floats made once pay off
 
 
 class Linear(nn.Module):
@@ -44,11 +44,6 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def at_most(rows: int, x: Tensor) -> bool:
-    """Whether x `[M, in]` has at most so many rows. A graph compiled for any M takes it for no."""
-    return statically_known_true(x.shape[0] <= rows)
-
-
 class Int8Linear(Linear):
     """Weight int8 `[out, in]`, scales `[out]`: value = weight * scale."""
 
@@ -62,7 +57,7 @@ class Int8Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if x.device.type == "cpu" and at_most(31, rows):  # above, floats made once pay off
+        if x.device.type == "cpu" and rows.shape[0] <= FEW_ROWS:
             return self.finish(torch._weight_int8pack_mm(rows, self.weight, self.scales), x)
         return self.finish(F.linear(rows, self.weight.to(x.dtype)) * self.scales, x)
 
@@ -82,8 +77,8 @@ class Int8ActivationLinear(Linear):
         rows = x.flatten(0, -2).float()  # [M, in]
         step = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127  # [M, 1]
         codes = (rows / step).round().to(torch.int8)
-        if x.device.type == "cuda" and at_most(16, rows):  # its kernel wants more than 16 rows
-            codes = F.pad(codes, (0, 0, 0, 17 - rows.shape[0]))
+        if x.device.type == "cuda" and rows.shape[0] <= FEW_ROWS:  # its kernel wants more than 16
+            codes = F.pad(codes, (0, 0, 0, FEW_ROWS))
         sums = torch._int_mm(codes, self.weight.t())[: rows.shape[0]]  # int32 [M, out]
         return self.finish((sums * step * self.scales_a8.float()).to(x.dtype), x)
 
@@ -119,7 +114,7 @@ class Int4Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if self.packed is None or not at_most(64, rows):  # many rows: floats made once pay off
+        if self.packed is None or rows.shape[0] > FEW_ROWS:
             return self.finish(F.linear(rows, self.dequantize()), x)
         cpu = x.device.type == "cpu"
         matmul = aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm

@@ -58,13 +58,13 @@ def test_a_row_of_zeros_gives_the_bias():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_one_compiled_graph_serves_all_numbers_of_rows(scheme):
+def test_two_compiled_graphs_serve_all_numbers_of_rows(scheme):
     linear = stored_linear(scheme, 96, 48, torch.float32)
     torch.compiler.reset()
     compiled = torch.compile(linear, fullgraph=True, dynamic=True)
     one = torch.compile(linear, fullgraph=True)
     x = torch.randn(1, 200, 96)
-    compiled(x[:, :7]), one(x[:, :1])
+    compiled(x[:, :7]), compiled(x[:, :50]), one(x[:, :1])
     with torch.compiler.set_stance("fail_on_recompile"):
         for rows in (2, 31, 32, 33, 64, 65, 200):
             expected = linear(x[:, :rows])
