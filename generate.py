@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
@@ -209,6 +211,188 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------------
+# Speculation: a draft proposes tokens, one pass of the model judges them all
+
+
+class DraftModel:
+    """Proposes tokens with a model that is cheaper to run; `vocab_size` is the target's."""
+
+    def __init__(self, engine: Engine, vocab_size: int):
+        self.engine, self.vocab_size = engine, vocab_size
+        self.known = 0  # how many tokens of the text the cache holds
+
+    def begin(self, start: int) -> None:
+        """A new text comes, whose first `start` tokens are those of the last one."""
+        self.known = min(self.known, start)
+
+    def propose(
+        self, text: list[int], k: int, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Up to k tokens to follow `text`, `[k]`, and what each was drawn from, `[k, V]`."""
+        model, known = self.engine.model, min(self.known, len(text) - 1)
+        k = max(0, min(k, model.max_seq_length + 1 - len(text)))  # the last one is not fed
+        if max(text[known:]) >= model.args.vocab_size:  # not in the draft's embedding
+            k = 0
+        q = model.freqs_cis.new_zeros(k, self.vocab_size)
+        ids = torch.zeros(k, dtype=torch.int64, device=q.device)
+        if k == 0:
+            return ids, q
+        # What was rejected stands behind the text in the cache, to be written over.
+        logits = self.engine.prefill([text], known)
+        for i, place in enumerate(range(len(text), len(text) + k)):
+            probs, tokens = candidates(logits[:, : self.vocab_size], sampling)
+            q[i].scatter_(0, tokens[0], probs[0])
+            ids[i] = tokens[0].gather(0, draw(probs, generator)[0])[0]
+            if i + 1 < k:
+                position = torch.full((1, 1), place, device=q.device)
+                kv_len = model.kv_steps(place + 1)
+                logits = self.engine.step(ids[i].view(1, 1), position, kv_len)[:, 0]
+        self.known = len(text) + k - 1
+        return ids, q
+
+
+class PromptLookup:
+    """Proposes what followed the last few tokens where they stood before (Saxena 2023)."""
+
+    def __init__(self, vocab_size: int, device: torch.device):
+        self.vocab_size, self.device = vocab_size, device
+        self.begin(0)
+
+    def begin(self, start: int) -> None:
+        """A new text comes."""
+        self.seen, self.follows = 1, {}  # where the latest token after each n-gram stands
+
+    def propose(
+        self, text: list[int], k: int, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """As `DraftModel.propose`, in one-hot distributions; none where nothing is repeated."""
+        for place in range(self.seen, len(text)):
+            for n in (3, 2):
+                self.follows[tuple(text[max(place - n, 0) : place])] = place
+        self.seen = max(self.seen, len(text))
+        places = (self.follows.get(tuple(text[-n:])) for n in (3, 2))
+        place = next((place for place in places if place), None)
+        found = [] if place is None else text[place : place + k]
+        while place is not None and len(found) < k:  # it goes on into what it proposes
+            found += found[: k - len(found)]
+        ids = torch.tensor(found, dtype=torch.int64, device=self.device)
+        q = torch.zeros(len(ids), self.vocab_size, device=self.device)
+        return ids, q.scatter_(1, ids.unsqueeze(1), 1.0)
+
+
+def judge(p: Tensor, ids: Tensor, q: Tensor, generator: torch.Generator) -> Tensor:
+    """Accept the first of the proposed tokens and draw one more, so that all are drawn from p.
+
+    ids `[k]` were drawn from q `[k, V]`; p `[k + 1, V]` is what the model gives after each, and
+    before the first. Token i is accepted with probability min(1, p/q); the first that is not is
+    replaced by a draw from max(0, p - q); after the last, one is drawn from p. The result has the
+    distribution p (Leviathan et al. 2023, arXiv 2211.17192, theorem 1). Returns `[k + 2]`: the
+    number accepted, ids, and the token drawn.
+    """
+    chance = torch.rand(len(ids), device=p.device, generator=generator)
+    at = ids.unsqueeze(1)
+    accepted = chance * q.gather(1, at)[:, 0] < p[:-1].gather(1, at)[:, 0]
+    count = accepted.long().cumprod(0).sum().view(1)
+    p = p.index_select(0, count)
+    rest = (p - F.pad(q, (0, 0, 0, 1)).index_select(0, count)).clamp_(min=0)
+    rest = torch.where(rest.sum() > 0, rest, p)  # rounding may leave nothing
+    return torch.cat((count, ids, draw(rest, generator)[0]))
+
+
+class Speculator:
+    """A model and what drafts for it: up to k tokens a step, or fewer while that is faster.
+
+    `fixed` always asks for k. Otherwise it asks for the number that gives the most tokens a second,
+    by the share of proposals accepted of late and by what steps of 0, 1 and k cost in `warm_up`.
+    """
+
+    def __init__(self, engine: Engine, draft: DraftModel | PromptLookup, k: int, fixed: bool):
+        self.engine, self.draft, self.k, self.fixed = engine, draft, k, fixed
+        self.model = engine.model
+        self.costs = [1.0] * (k + 1)  # of a step with so many proposals
+        self.histogram = [0] * (k + 1)  # steps of this text that accepted so many
+        self.hits, self.trials, self.idle = 3.5, 5.0, 0  # a guess, until something is known
+
+    def step(
+        self, text: list[int], k: int, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[list[int], int]:
+        """The next one to k + 1 tokens of `text`, and how many had been proposed."""
+        model = self.engine.model
+        ids, q = self.draft.propose(text, k, sampling, generator)
+        idx = torch.cat((ids.new_tensor(text[-1:]), ids)).unsqueeze(0)  # [1, 1 + k]
+        input_pos = torch.arange(len(text) - 1, len(text) + len(ids), device=q.device)
+        logits = self.engine.step(idx, input_pos[None], model.kv_steps(len(text) + len(ids)))[0]
+        probs, tokens = candidates(logits, sampling)
+        p = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, tokens, probs)
+        count, *new = judge(p, ids, q, generator).tolist()
+        return new[:count] + new[-1:], len(ids)
+
+    def choose(self) -> int:
+        """How many tokens to ask for."""
+        if self.fixed:
+            return self.k
+        rate = self.hits / self.trials
+        tokens = itertools.accumulate(rate**k for k in range(self.k + 1))  # expected of a step
+        speeds = [n / cost for n, cost in zip(tokens, self.costs, strict=True)]
+        k = speeds.index(max(speeds))
+        self.idle = 0 if k else self.idle + 1
+        return 1 if self.idle % 16 == 15 else k  # now and then, look whether it pays again
+
+    def saw(self, accepted: int, proposed: int) -> None:
+        """Count a step's outcome; older ones fade."""
+        self.histogram[accepted] += 1
+        if proposed:
+            self.hits = 0.9 * self.hits + accepted
+            self.trials = 0.9 * self.trials + min(accepted + 1, proposed)
+
+    def warm_up(self, sampling: Sampling) -> None:
+        """Run every kind of step, and measure what those with 0, 1 and k proposals cost."""
+        text, seconds = [0] * 8, {}
+        if self.model.max_seq_length < len(text) + self.k:
+            return
+        generator = torch.Generator(self.model.freqs_cis.device)
+        for k in (0, 1, self.k):
+            times = []
+            for known in (0, 7, 7, 7):  # the first compiles
+                self.draft.begin(known)
+                began = time.perf_counter()
+                self.step(text, k, sampling, generator)
+                times.append(time.perf_counter() - began)
+            seconds[k] = statistics.median(times[1:])
+        one, more = seconds[1], (seconds[self.k] - seconds[1]) / max(self.k - 1, 1)
+        self.costs = [seconds[0], *(one + more * i for i in range(self.k))]
+
+
+def speculate(
+    speculator: Speculator,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_ids: Set[int] = frozenset(),
+    seed: int = 0,
+    start: int = 0,
+) -> Iterator[list[int]]:
+    """`generate` for a single prompt, the tokens drawn from the same distribution but faster."""
+    engine, (prompt,) = speculator.engine, prompts
+    generator = torch.Generator(engine.model.freqs_cis.device).manual_seed(seed)
+    text = list(prompt)
+    speculator.draft.begin(start)
+    speculator.histogram = [0] * (speculator.k + 1)
+    new = sample(engine.prefill([text], start), sampling, generator).tolist()
+    while True:
+        for token in new:
+            text.append(token)
+            yield [token]
+            left = len(prompt) + max_new_tokens - len(text)
+            room = engine.model.max_seq_length + 1 - len(text)
+            if token in eos_ids or not min(left, room):
+                return
+        k = min(speculator.choose(), left - 1, room - 1)
+        new, proposed = speculator.step(text, k, sampling, generator)
+        speculator.saw(len(new) - 1, proposed)
+
+
+# ------------------------------------------------------------------------------------------------
 # Prompts in, text and figures out
 
 
@@ -297,120 +481,144 @@ def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
-def answer(
-    engine: Engine, tokenizer: Tokenizer, prompts: list[list[int]], args: Namespace, **kwargs
-) -> tuple[list[list[int]], list[float]]:
-    """Generate for each prompt, printing a single text as it is made.
+class Session:
+    """One run of the command line: what runs the model, its tokenizer, and the flags."""
 
-    Returns the new tokens of each and the times, in seconds, of the start and of each step's end.
-    """
-    rows: list[list[int]] = [[] for _ in prompts]
-    stream = StreamDecoder(tokenizer, prompts[0])
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    limits = (args.max_new_tokens, tokenizer.eos_ids)
-    times = [time.perf_counter()]
-    try:
-        for tokens in generate(engine, prompts, sampling, *limits, **kwargs):
-            times.append(time.perf_counter())
-            for row, token in zip(rows, tokens, strict=True):
-                row += [] if token is None else [token]
-            if len(prompts) == 1:
-                print(stream.push(tokens[0]), end="", flush=True)
-    except KeyboardInterrupt:
-        if not args.interactive:
-            raise
-    if len(prompts) == 1:
-        print(stream.flush())
-    return rows, times
+    def __init__(self, engine: Engine | Speculator, tokenizer: Tokenizer, args: Namespace):
+        self.engine, self.tokenizer, self.args = engine, tokenizer, args
+        self.sampling = sampling_flags(args)
+        self.records: list[dict] = []  # the figures of each answer
 
+    def answer(
+        self, prompts: list[list[int]], engine: Engine | Speculator, show: bool, start: int = 0
+    ) -> tuple[list[list[int]], dict]:
+        """Generate for each prompt and, if it is to `show`, print a single text as it is made.
 
-def measure(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    rows: list[list[int]],
-    times: list[float],
-    args: Namespace,
-) -> dict:
-    """Print and return the figures of one `answer`."""
-    model, steps = engine.model, len(times) - 2  # decoding steps: all but the prefill's
-
-    def ending(prompt: list[int], row: list[int]) -> str:
-        if row and row[-1] in tokenizer.eos_ids:
-            return "end of text"
-        if len(row) == args.max_new_tokens:
-            return "max_new_tokens"
-        return "full cache" if len(prompt) + len(row) > model.max_seq_length else "Ctrl-C"
-
-    record: dict = {"prompt_tokens": [*map(len, prompts)], "new_tokens": [*map(len, rows)]}
-    record["ended_by"] = [*map(ending, prompts, rows)]
-    line = f"[{sum(record['prompt_tokens'])} prompt tokens, {sum(record['new_tokens'])} new"
-    line += f", ended by {', '.join(sorted(set(record['ended_by'])))}"
-    if steps >= 0:
-        record["first_token_s"] = times[1] - times[0]
-        line += f"; first token {record['first_token_s'] * 1e3:.0f} ms"
-    if steps > 0:
-        first = max(record["prompt_tokens"]) + 1
-        seen = sum(model.kv_steps(first + step) for step in range(steps)) / steps
-        record["tokens_per_s"] = steps / (times[-1] - times[1])
-        record["gb_per_s"] = model.bytes_per_step(seen) * record["tokens_per_s"] / 1e9
-        line += f"; {record['tokens_per_s']:.1f} tokens/s, {record['gb_per_s']:.1f} GB/s"
-    print(line + "]", file=sys.stderr)
-    return record
-
-
-def complete(
-    engine: Engine, tokenizer: Tokenizer, prompts: list[list[int]], batch_size: int, args: Namespace
-) -> list[dict]:
-    """Continue every prompt `num_samples` times, `batch_size` prompts at once; figures of each."""
-    records = []
-    echo = not args.chat and not is_length(args.prompt)
-    for first in list(range(0, len(prompts), batch_size)) * args.num_samples:
-        group = prompts[first : first + batch_size]
-        if echo and batch_size == 1:
-            print(tokenizer.decode(group[0]), end="", flush=True)
-        padding = group[-1:] * (batch_size - len(group))  # another batch size would compile anew
-        seed = args.seed + len(records)
-        rows, times = answer(engine, tokenizer, group + padding, args, seed=seed)
-        if batch_size > 1:
-            for i, prompt in enumerate(group):
-                text = tokenizer.decode(prompt + rows[i] if echo else rows[i])
-                print(f"--- {first + i}\n{text}")
-        records.append(measure(engine, tokenizer, group, rows[: len(group)], times, args))
-    return records
-
-
-def converse(engine: Engine, tokenizer: Tokenizer, args: Namespace) -> list[dict]:
-    """Talk until /quit or the end of the input; each turn prefills only what the cache lacks."""
-    messages, cached, records = opening(args), [], []
-    print("/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer", file=sys.stderr)
-    while True:
+        Returns the new tokens of each prompt, and the figures.
+        """
+        args, tokenizer = self.args, self.tokenizer
+        padding = prompts[-1:] * (args.batch_size - len(prompts))  # another size would compile anew
+        rows: list[list[int]] = [[] for _ in prompts]
+        stream, show = StreamDecoder(tokenizer, prompts[0]), show and args.batch_size == 1
+        options = (args.max_new_tokens, tokenizer.eos_ids, args.seed + len(self.records), start)
+        run = speculate if isinstance(engine, Speculator) else generate
+        times = [time.perf_counter()]
         try:
-            text = input("> ").strip()
-        except EOFError:
-            return records
+            for tokens in run(engine, prompts + padding, self.sampling, *options):
+                times.append(time.perf_counter())
+                for row, token in zip(rows, tokens, strict=False):
+                    row += [] if token is None else [token]
+                if show:
+                    print(stream.push(tokens[0]), end="", flush=True)
         except KeyboardInterrupt:
-            text = ""
-            print()
-        if text == "/quit":
-            return records
-        if text == "/reset":
-            messages, cached = opening(args), []
-        if text in ("", "/reset"):
-            continue
-        try:
-            prompt = tokenize(tokenizer, [*messages, user(text)], args.chat)
-            check_prompt(prompt, engine.model)
-        except UserError as error:
-            print(f"{error}, or /reset", file=sys.stderr)
-            continue
-        known = os.path.commonprefix([cached, prompt[:-1]])  # it takes lists as well as paths
-        where = {"start": len(known), "seed": args.seed + len(records)}
-        (new,), times = answer(engine, tokenizer, [prompt], args, **where)
-        cached = prompt + new[:-1] if new else known  # the last token was not fed to the model
-        messages += [user(text), {"role": "assistant", "content": tokenizer.decode(new)}]
-        records.append(measure(engine, tokenizer, [prompt], [new], times, args))
-        records[-1]["prefilled_tokens"] = len(prompt) - len(known)
+            if not args.interactive:
+                raise
+        if show:
+            print(stream.flush())
+        return rows, self.measure(prompts, rows, times, engine)
+
+    def measure(
+        self,
+        prompts: list[list[int]],
+        rows: list[list[int]],
+        times: list[float],
+        engine: Engine | Speculator,
+    ) -> dict:
+        """Print and return the figures of an answer.
+
+        `times`, in seconds, are those of the start and of the end of each step.
+        """
+        model, steps = engine.model, len(times) - 2  # decoding steps: all but the prefill's
+
+        def ending(prompt: list[int], row: list[int]) -> str:
+            if row and row[-1] in self.tokenizer.eos_ids:
+                return "end of text"
+            if len(row) == self.args.max_new_tokens:
+                return "max_new_tokens"
+            return "full cache" if len(prompt) + len(row) > model.max_seq_length else "Ctrl-C"
+
+        record: dict = {"prompt_tokens": [*map(len, prompts)], "new_tokens": [*map(len, rows)]}
+        record["ended_by"] = [*map(ending, prompts, rows)]
+        line = f"[{sum(record['prompt_tokens'])} prompt tokens, {sum(record['new_tokens'])} new"
+        line += f", ended by {', '.join(sorted(set(record['ended_by'])))}"
+        if steps >= 0:
+            record["first_token_s"] = times[1] - times[0]
+            line += f"; first token {record['first_token_s'] * 1e3:.0f} ms"
+        if steps > 0:
+            record["tokens_per_s"] = steps / (times[-1] - times[1])
+            line += f"; {record['tokens_per_s']:.1f} tokens/s"
+        if steps > 0 and isinstance(engine, Engine):
+            first = max(record["prompt_tokens"]) + 1
+            seen = sum(model.kv_steps(first + step) for step in range(steps)) / steps
+            record["gb_per_s"] = model.bytes_per_step(seen) * record["tokens_per_s"] / 1e9
+            line += f", {record['gb_per_s']:.1f} GB/s"
+        if isinstance(engine, Speculator) and sum(engine.histogram):
+            record["accepted"] = engine.histogram
+            accepted = sum(n * count for n, count in enumerate(engine.histogram))
+            record["mean_accepted"] = accepted / sum(engine.histogram)
+            line += f"; steps that accepted 0 to {engine.k}: {engine.histogram}"
+            line += f", mean {record['mean_accepted']:.2f}"
+        print(line + "]", file=sys.stderr)
+        return record
+
+    def complete(self, prompts: list[list[int]]) -> None:
+        """Continue every prompt `num_samples` times, `batch_size` prompts at once."""
+        args, decode = self.args, self.tokenizer.decode
+        echo = not args.chat and not is_length(args.prompt)
+        for first in list(range(0, len(prompts), args.batch_size)) * args.num_samples:
+            group = prompts[first : first + args.batch_size]
+            if echo and args.batch_size == 1:
+                print(decode(group[0]), end="", flush=True)
+            rows, record = self.answer(group, self.engine, show=True)
+            if args.batch_size > 1:
+                for i, (prompt, row) in enumerate(zip(group, rows, strict=True), first):
+                    print(f"--- {i}\n{decode(prompt + row if echo else row)}")
+            if args.compare:
+                self.compare(group, rows, record)
+            self.records.append(record)
+
+    def compare(self, prompts: list[list[int]], rows: list[list[int]], record: dict) -> None:
+        """Generate again without the draft, and add the figures of that to `record`."""
+        print("without speculation: ", end="", file=sys.stderr)
+        alone, record["alone"] = self.answer(prompts, self.engine.engine, show=False)
+        record["same_text"] = alone == rows
+        line = "the same tokens" if alone == rows else "other tokens"
+        if "tokens_per_s" in record and "tokens_per_s" in record["alone"]:
+            record["speedup"] = record["tokens_per_s"] / record["alone"]["tokens_per_s"]
+            line += f", {record['speedup']:.2f} times as fast with speculation"
+        print(f"[{line}]", file=sys.stderr)
+
+    def converse(self) -> None:
+        """Talk until /quit or the end of the input; a turn prefills only what the cache lacks."""
+        messages, cached = opening(self.args), []
+        help = "/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer"
+        print(help, file=sys.stderr)
+        while True:
+            try:
+                text = input("> ").strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                text = ""
+                print()
+            if text == "/quit":
+                return
+            if text == "/reset":
+                messages, cached = opening(self.args), []
+            if text in ("", "/reset"):
+                continue
+            try:
+                prompt = tokenize(self.tokenizer, [*messages, user(text)], self.args.chat)
+                check_prompt(prompt, self.engine.model)
+            except UserError as error:
+                print(f"{error}, or /reset", file=sys.stderr)
+                continue
+            known = os.path.commonprefix([cached, prompt[:-1]])  # it takes lists as well as paths
+            (new,), record = self.answer([prompt], self.engine, True, len(known))
+            cached = prompt + new[:-1] if new else known  # the last token was not fed to the model
+            reply = {"role": "assistant", "content": self.tokenizer.decode(new)}
+            messages += [user(text), reply]
+            self.records.append(record | {"prefilled_tokens": len(prompt) - len(known)})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -446,6 +654,16 @@ def make_parser() -> Parser:
     add("--top_p", type=share, default=1.0, help="draw from the likeliest that add up to P")
     add("--min_p", type=share, default=0.0, help="drop what is under P times the likeliest")
     add("--seed", type=number(int, 0, 2**62), default=1234)
+    draft = parser.add_mutually_exclusive_group()
+    text = "speculate with this checkpoint of the same vocabulary"
+    draft.add_argument("--draft_checkpoint_path", type=Path, help=text)
+    text = "speculate with what followed the last tokens where they stood before"
+    draft.add_argument("--prompt_lookup", action="store_true", help=text)
+    add(
+        "--speculate_k", type=number(int, 1, FEW_ROWS - 1), help="most tokens proposed (default: 5)"
+    )
+    add("--fixed_k", action="store_true", help="always propose K tokens, paying or not")
+    add("--compare", action="store_true", help="run each prompt without speculation, too")
     add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add(
@@ -455,12 +673,64 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(args: Namespace) -> None:
+def check_flags(args: Namespace) -> None:
+    """Fill in the flags whose default depends on others; `UserError` if some contradict."""
     args.chat = args.interactive if args.chat is None else args.chat
+    args.speculating = bool(args.draft_checkpoint_path or args.prompt_lookup)
+    if args.speculating and not args.batch_size:
+        args.batch_size = 1
     if args.system_prompt and not args.chat:
         raise UserError("--system_prompt is for chats; add --chat")
     if args.interactive and (args.batch_size or 1) > 1:
         raise UserError("--interactive is one conversation; leave --batch_size out")
+    if args.speculating and args.batch_size > 1:
+        raise UserError("speculation is for one stream at a time; leave --batch_size out")
+    if (args.speculate_k or args.fixed_k or args.compare) and not args.speculating:
+        raise UserError(
+            "that goes with speculation; add --draft_checkpoint_path or --prompt_lookup"
+        )
+    if args.compare and args.interactive:
+        raise UserError("--compare repeats prompts; use it without --interactive")
+
+
+def sampling_flags(args: Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+
+
+def load_draft(model: Transformer, tokenizer: Tokenizer, args: Namespace) -> Transformer:
+    """The draft model, with a cache for what the model's holds; `UserError` if it fits ill."""
+    device = model.freqs_cis.device
+    draft, other = load(args.draft_checkpoint_path, device, args.precision)
+    if other.pieces != tokenizer.pieces:
+        i = min(i for i, _ in other.pieces.items() ^ tokenizer.pieces.items())
+        meanings = f"{other.pieces.get(i)!r} to the draft, {tokenizer.pieces.get(i)!r} to the model"
+        raise UserError(f"token {i} is {meanings}; take a draft with the model's vocabulary")
+    draft.setup_caches(1, min(model.max_seq_length, draft.args.block_size))
+    return draft
+
+
+def start_engine(
+    model: Transformer, draft: Transformer | None, args: Namespace
+) -> Engine | Speculator:
+    """What runs the model as the flags ask, warmed up."""
+    options = (args.compile, args.compile_prefill, FEW_ROWS if args.speculating else 1)
+    engines = [Engine(each, *options) for each in (model, draft) if each]
+    if args.compile or args.compile_prefill:
+        for engine in engines:
+            engine.warm_up(args.batch_size)
+    if not args.speculating:
+        return engines[0]
+    if draft:
+        drafting = DraftModel(engines[1], model.args.vocab_size)
+    else:
+        drafting = PromptLookup(model.args.vocab_size, model.freqs_cis.device)
+    speculator = Speculator(engines[0], drafting, args.speculate_k or 5, args.fixed_k)
+    speculator.warm_up(sampling_flags(args))
+    return speculator
+
+
+def main(args: Namespace) -> None:
+    check_flags(args)
     device = find_device(args.device)
     path = args.checkpoint_path or default_checkpoint()
     began = time.perf_counter()
@@ -469,37 +739,39 @@ def main(args: Namespace) -> None:
     load_s = time.perf_counter() - began
 
     prompts = [] if args.interactive else read_prompts(args, tokenizer, model.args.vocab_size)
-    batch_size = args.batch_size or (len(prompts) if args.prompts_file else 1)
+    args.batch_size = args.batch_size or (len(prompts) if args.prompts_file else 1)
     if not args.prompts_file:
-        prompts *= batch_size
+        prompts *= args.batch_size
     longest = max(map(len, prompts), default=0) + args.max_new_tokens
     length = args.max_seq_length or min(max(longest, 2048), model.args.block_size)
     if length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     try:
-        model.setup_caches(batch_size, length)
+        model.setup_caches(args.batch_size, length)
     except RuntimeError:  # the allocator's
         raise UserError(
-            f"there is no room for a KV cache of {batch_size} rows of {length} positions; "
+            f"there is no room for a KV cache of {args.batch_size} rows of {length} positions; "
             "lower --batch_size or --max_seq_length"
         ) from None
     for prompt in prompts:
         check_prompt(prompt, model)
-    engine = Engine(model, args.compile, args.compile_prefill)
-    compile_s = engine.warm_up(batch_size) if args.compile or args.compile_prefill else 0.0
+    draft = load_draft(model, tokenizer, args) if args.draft_checkpoint_path else None
+    began = time.perf_counter()
+    session = Session(start_engine(model, draft, args), tokenizer, args)
+    compile_s = time.perf_counter() - began
 
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
     with profiler:
         if args.interactive:
-            records = converse(engine, tokenizer, args)
+            session.converse()
         else:
-            records = complete(engine, tokenizer, prompts, batch_size, args)
+            session.complete(prompts)
     if args.profile:
         with replacing(args.profile) as temporary:
             profiler.export_chrome_trace(str(temporary))
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
     settings |= {"precision": args.precision, "compile": args.compile}
-    report(args, records, **settings, load_s=load_s, compile_s=compile_s)
+    report(args, session.records, **settings, load_s=load_s, compile_s=compile_s)
 
 
 def report(args: Namespace, records: list[dict], **totals) -> None:

@@ -1,0 +1,387 @@
+"""Speculation: the same greedy text, draws from the same distribution, in fewer passes."""
+
+import functools
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from test_generate import PROMPTS, command, run_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import CONFIG, random_model, write_checkpoint
+from generate import (
+    DraftModel,
+    Engine,
+    PromptLookup,
+    Sampling,
+    Speculator,
+    candidates,
+    judge,
+    sample,
+    speculate,
+)
+from linear import FEW_ROWS, Linear, linear_for
+from quantize import quantize
+
+GREEDY = Sampling(temperature=0)
+CONFIG = CONFIG | {"hidden_size": 64, "head_dim": 16}  # so that groups of 32 fit
+OTHER = CONFIG | {"num_hidden_layers": 1}
+REPEATING = [5, 6, 7, 8, 9, 10] * 5
+CPU = torch.device("cpu")
+
+
+def engine(config=CONFIG, length=256, model=None, compile=None, width=FEW_ROWS) -> Engine:
+    model = model or random_model(config)
+    model.setup_caches(1, length)
+    return Engine(model, compile, width=width)
+
+
+def quantized(scheme: str):
+    """The model of CONFIG with every Linear stored in this scheme."""
+    model = random_model(CONFIG)
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, Linear):
+            tensors = quantize(linear.weight, scheme, 32)
+            stored = linear_for(linear, tensors)
+            stored.load_state_dict(tensors, assign=True)
+            stored.float().requires_grad_(False).prepare()
+            model.set_submodule(name, stored)
+    return model
+
+
+DRAFTS = {
+    "itself": lambda: DraftModel(engine(), 300),
+    "int8": lambda: DraftModel(engine(model=quantized("int8")), 300),
+    "int4": lambda: DraftModel(engine(model=quantized("int4")), 300),
+    "a stranger": lambda: DraftModel(engine(OTHER), 300),
+    "a larger embedding": lambda: DraftModel(engine(OTHER | {"vocab_size": 320}), 300),
+    "a smaller embedding": lambda: DraftModel(engine(OTHER | {"vocab_size": 290}), 300),
+    "a short context": lambda: DraftModel(engine(length=20), 300),
+    "lookup": lambda: PromptLookup(300, CPU),
+}
+
+
+def run(speculator, prompt, n=40, sampling=GREEDY, **options) -> list[int]:
+    return [token for (token,) in speculate(speculator, [prompt], sampling, n, **options)]
+
+
+# ---- Greedy text -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_greedy_text_is_that_without_a_draft(draft, fixed):
+    target, drafting = engine(), DRAFTS[draft]()
+    alone = engine(width=1)
+    for k in (1, 4):
+        speculator = Speculator(target, drafting, k, fixed)
+        for prompt in [*PROMPTS, REPEATING]:
+            assert run(speculator, prompt, n=24) == run_rows(alone, [prompt], n=24)[0]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-activation", "int4"])
+def test_greedy_text_of_quantized_models_is_that_without_a_draft(scheme):
+    target, alone = (engine(model=quantized(scheme), width=width) for width in (FEW_ROWS, 1))
+    for drafting in (DraftModel(engine(model=quantized("int4")), 300), PromptLookup(300, CPU)):
+        speculator = Speculator(target, drafting, 4, True)
+        for prompt in [*PROMPTS, REPEATING]:
+            assert run(speculator, prompt, n=24) == run_rows(alone, [prompt], n=24)[0]
+
+
+def test_a_draft_that_is_the_target_is_always_right():
+    for sampling in (GREEDY, Sampling(1.0, 0), Sampling(0.7, 50, 0.9, 0.02)):
+        speculator = Speculator(engine(), DRAFTS["itself"](), 4, True)
+        run(speculator, PROMPTS[0], n=41, sampling=sampling)
+        assert speculator.histogram == [0, 0, 0, 0, 8]  # 1 + 8 * 5 tokens
+
+
+def test_lookup_finds_what_was_there():
+    lookup, none = PromptLookup(300, CPU), (GREEDY, torch.Generator())
+    ids, q = lookup.propose([1, 2, 3, 4, 5, 9, 2, 3], 2, *none)
+    assert ids.tolist() == [4, 5] and q.argmax(1).tolist() == [4, 5] and q.sum() == 2
+    assert lookup.propose([1, 2, 3, 4, 5, 9, 2, 3, 7], 2, *none)[0].tolist() == []
+    lookup.begin(0)
+    assert lookup.propose([1, 2, 1, 2, 1], 5, *none)[0].tolist() == [2, 1, 2, 1, 2]
+    latest = [1, 2, 3, 8, 1, 2, 4, 9, 1, 2]
+    lookup.begin(0)
+    assert lookup.propose(latest, 1, *none)[0].tolist() == [4]
+    lookup.begin(0)  # three tokens that match weigh more than two that are nearer
+    assert lookup.propose([7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], 1, *none)[0].tolist() == [3]
+
+
+def test_a_text_ends_at_eos_within_a_block_at_the_limit_and_with_the_cache():
+    speculator = Speculator(engine(), DRAFTS["itself"](), 5, True)
+    whole = run(speculator, PROMPTS[0])
+    for eos in set(whole):
+        assert run(speculator, PROMPTS[0], eos_ids={eos}) == whole[: whole.index(eos) + 1]
+    for n in range(1, 9):
+        assert run(speculator, PROMPTS[0], n=n) == whole[:n]
+    for length in range(len(PROMPTS[0]), 24):
+        small = Speculator(engine(length=length), DRAFTS["itself"](), 5, True)
+        assert run(small, PROMPTS[0]) == whole[: length + 1 - len(PROMPTS[0])]
+
+
+def test_a_conversation_continues_both_caches():
+    speculator = Speculator(engine(), DRAFTS["int8"](), 5, True)
+    text = list(PROMPTS[0])
+    for turn in range(4):
+        start = max(len(text) - 1, 0) if turn else 0
+        new = run(speculator, text + [7, 8], n=10, start=start)
+        assert new == run_rows(engine(), [text + [7, 8]], n=10)[0]
+        text += [7, 8, *new]
+
+
+def test_the_draft_computes_nothing_twice():
+    """With everything accepted it is fed each token once, but for none at all."""
+    drafting = DRAFTS["itself"]()
+    fed, step = [], drafting.engine.step
+    drafting.engine.step = lambda idx, pos, *rest: (
+        fed.extend(pos[0].tolist()),
+        step(idx, pos, *rest),
+    )[1]
+    speculator = Speculator(engine(), drafting, 3, True)
+    new = run(speculator, PROMPTS[0], n=21)
+    assert fed == list(range(len(PROMPTS[0]) + len(new) - 2))
+
+
+# ---- The distribution --------------------------------------------------------------------------
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """Pearson's statistic over its degrees of freedom: about 1 if counts were drawn from probs."""
+    expected = counts.sum() * probs
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    return (((counts - expected) ** 2)[kept] / expected[kept]).sum().item() / (
+        kept.sum().item() - 1
+    )
+
+
+def judged(judge, n: int) -> tuple[float, float]:
+    """Statistics of the first token that comes out, and of the second after one was accepted."""
+    generator = torch.Generator().manual_seed(3)
+    p, q = torch.rand(2, 3, 5, generator=generator).pow(3).unbind()
+    p, q = p / p.sum(1, keepdim=True), (q / q.sum(1, keepdim=True))[:2]
+    first, second = torch.zeros(5), torch.zeros(5)
+    for ids in torch.stack([row.multinomial(n, True, generator=generator) for row in q], 1):
+        count, a, b, last = judge(p, ids, q, generator).tolist()
+        out = [a, b][:count] + [last]
+        first[out[0]] += 1
+        if len(out) > 1:
+            second[out[1]] += 1
+    return chi_square(first, p[0]), chi_square(second, p[1])
+
+
+def test_what_is_accepted_or_drawn_instead_has_the_targets_distribution():
+    assert max(judged(judge, 8000)) < 3.5  # exceeded once in 100 if right: chi-square, 4 degrees
+
+
+def test_the_chi_square_test_would_notice_a_wrong_residual():
+    """Two plausible mistakes: not taking q off, and taking off the row after."""
+
+    def wrong(shift, p, ids, q, generator):
+        count, *_ = judge(p, ids, q, generator).tolist()
+        rest = p[count].clone()
+        if count < len(ids) and shift:
+            rest = (rest - q[(count + shift) % len(q)]).clamp(min=0)
+        return torch.cat((torch.tensor([count]), ids, rest.multinomial(1, generator=generator)))
+
+    assert max(judged(functools.partial(wrong, 0), 8000)) > 10
+    assert max(judged(functools.partial(wrong, 1), 8000)) > 10
+
+
+TINY = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+TINY = CONFIG | TINY | {"head_dim": 4, "intermediate_size": 8, "vocab_size": 6}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.3, 0), Sampling(0.9, 5, 0.95, 0.05)])
+def test_sampled_texts_have_the_targets_distribution(sampling):
+    """All 216 texts of three tokens, against the product of the model's probabilities."""
+    draft_config = TINY | {"num_hidden_layers": 1}
+    target, drafting = engine(TINY, 16), DraftModel(engine(draft_config, 16), 6)
+    prompt, probs = [1, 2], torch.zeros(6, 6, 6)
+    for text in itertools.product(range(6), repeat=3):
+        logits = target.model(torch.tensor([prompt + [*text]]), torch.arange(5)[None], 16)[0, 1:4]
+        p = torch.zeros(3, 6).scatter_(1, *reversed(candidates(logits, sampling)))
+        probs[text] = p[0, text[0]] * p[1, text[1]] * p[2, text[2]]
+    assert abs(probs.sum() - 1) < 1e-5
+    speculator, counts = Speculator(target, drafting, 2, True), torch.zeros(6, 6, 6)
+    for seed in range(1000):
+        counts[tuple(run(speculator, prompt, 3, sampling, seed=seed))] += 1
+    common = probs > 5 / 1000  # rarer texts are counted together
+    cells = [torch.cat((x[common], x[~common].sum().view(1))) for x in (counts, probs)]
+    assert len(cells[0]) > 20 and chi_square(*cells) < 1.6
+
+
+def test_equal_distributions_leave_nothing_to_draw_from_and_still_give_a_token():
+    p = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    q = p[:1] * (1 + 1e-3)  # as rounding may have it: rejected now and then, and p - q is below 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        count, _, token = judge(p, torch.tensor([1]), q, generator).tolist()
+        assert count in (0, 1) and token in (0, 1)
+
+
+def test_a_token_of_probability_0_is_never_accepted():
+    p, q = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        assert judge(p, torch.tensor([0]), q, generator).tolist() == [0, 0, 1]
+
+
+# ---- How many are asked for --------------------------------------------------------------------
+
+
+def test_as_many_are_asked_for_as_pay():
+    speculator = Speculator(engine(), PromptLookup(300, CPU), 4, False)
+    speculator.costs = [1.0, 1.1, 1.2, 1.3, 1.4]
+    assert speculator.choose() == 4
+    for _ in range(50):
+        speculator.saw(0, 4)
+    asked = [speculator.choose() for _ in range(32)]
+    assert sorted(asked) == [0] * 30 + [1] * 2  # not at all, but it looks now and then
+    for _ in range(50):
+        speculator.saw(1, 1)
+    assert speculator.choose() == 4
+    speculator.costs = [1.0, 1.5, 2.5, 3.5, 4.5]
+    assert speculator.choose() == 1
+    speculator.costs = [1.0, 2.5, 3.5, 4.5, 5.5]
+    assert speculator.choose() == 0
+    speculator.fixed = True
+    assert speculator.choose() == 4
+
+
+def test_steps_without_proposals_say_nothing_about_the_draft():
+    speculator = Speculator(engine(), PromptLookup(300, CPU), 4, False)
+    before = speculator.hits, speculator.trials
+    for _ in range(10000):
+        speculator.saw(0, 0)
+    assert (speculator.hits, speculator.trials) == before
+
+
+def test_warm_up_measures_and_leaves_the_text_as_it_is():
+    speculator = Speculator(engine(), DRAFTS["int8"](), 5, False)
+    speculator.warm_up(GREEDY)
+    assert len(speculator.costs) == 6 and all(0 < cost < 10 for cost in speculator.costs)
+    assert speculator.costs[0] != 1.0
+    assert run(speculator, PROMPTS[2]) == run_rows(engine(), [PROMPTS[2]])[0]
+    small = Speculator(engine(length=6), DRAFTS["a short context"](), 5, False)
+    small.warm_up(GREEDY)
+    assert run(small, [1, 2]) == run_rows(engine(length=6), [[1, 2]])[0]
+
+
+# ---- Compiled ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["block", "whole"])
+def test_nothing_recompiles_whatever_is_proposed_and_accepted(mode):
+    torch.compiler.reset()
+    target, alone = engine(compile=mode), engine(width=1)
+    drafting = DraftModel(engine(compile=mode, model=quantized("int8")), 300)
+    for each in (target, drafting.engine):
+        each.warm_up(1)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for k, fixed in ((1, True), (4, True), (9, False)):
+            for draft in (drafting, PromptLookup(300, CPU)):
+                speculator = Speculator(target, draft, k, fixed)
+                speculator.warm_up(GREEDY)
+                for prompt in [*PROMPTS, REPEATING]:
+                    expected = run_rows(alone, [prompt], n=12)[0]
+                    assert run(speculator, prompt, n=12) == expected
+
+
+def test_a_step_waits_for_the_device_once():
+    """The only values that come back to the host are those of the last line of `step`."""
+
+    class Watch(TorchDispatchMode):
+        items = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.items += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    generator = torch.Generator().manual_seed(0)
+    for draft in ("int8", "lookup"):
+        speculator = Speculator(engine(), DRAFTS[draft](), 4, True)
+        with Watch() as watch:
+            speculator.step(REPEATING, 4, Sampling(0.8, 20, 0.9), generator)
+        assert watch.items == 0  # tolist() of the result is not counted, an item() would be
+        with Watch() as watch:
+            sample(torch.randn(1, 9), GREEDY, generator).item()
+        assert watch.items == 1
+
+
+# ---- The command line --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A model.pth, and another folder with a draft of the same vocabulary."""
+    folder = tmp_path_factory.mktemp("speculation")
+    return write_checkpoint(folder / "target", CONFIG), write_checkpoint(folder / "draft", OTHER)
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys, checkpoints):
+    common = ("--checkpoint_path", checkpoints[0], "--device", "cpu", "--precision", "float32")
+    return functools.partial(command, monkeypatch, capsys, *common)
+
+
+@pytest.mark.parametrize("flags", [["--prompt_lookup"], ["--draft_checkpoint_path"]])
+def test_the_command_prints_the_same_text_and_how_it_was_made(
+    run_cli, checkpoints, tmp_path, flags
+):
+    flags = [*flags, *checkpoints[1:]] if "draft" in flags[0] else flags
+    common = ("--temperature", 0, "--max_new_tokens", 30, "--prompt", "ab ab ab ab ab ab")
+    _, expected, _ = run_cli(*common)
+    file = tmp_path / "figures.json"
+    more = ("--speculate_k", 3, "--compare", "--num_samples", 2, "--json", file)
+    code, out, err = run_cli(*common, *flags, *more)
+    assert code == 0 and out == expected * 2
+    assert "steps that accepted 0 to 3" in err and "the same tokens" in err
+    for record in json.loads(file.read_text())["samples"]:
+        assert record["same_text"] and record["alone"]["new_tokens"] == record["new_tokens"]
+        assert record["speedup"] > 0 and len(record["accepted"]) == 4
+        made = sum((n + 1) * count for n, count in enumerate(record["accepted"]))
+        assert made + 1 >= record["new_tokens"][0]
+
+
+def test_prompts_of_a_file_are_run_one_by_one(run_cli, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("ab ab\ncd cd cd\nx\n")
+    common = ("--temperature", 0, "--max_new_tokens", 9, "--prompts_file", file)
+    _, expected, _ = run_cli(*common, "--batch_size", 1)
+    code, out, err = run_cli(*common, "--prompt_lookup")
+    assert code == 0 and out == expected and err.count("steps that accepted") == 3
+
+
+def test_a_conversation_speculates(run_cli, checkpoints):
+    flags = ("--interactive", "--temperature", 0, "--max_new_tokens", 12)
+    _, expected, _ = run_cli(*flags, stdin="hello\nhello again\n/reset\nhello\n/quit\n")
+    draft = ("--draft_checkpoint_path", checkpoints[1])
+    code, out, err = run_cli(*flags, *draft, stdin="hello\nhello again\n/reset\nhello\n/quit\n")
+    assert code == 0 and out == expected and err.count("steps that accepted") == 3
+
+
+def test_wrong_flags_and_drafts_are_one_line(run_cli, checkpoints, tmp_path):
+    other = shutil.copytree(checkpoints[1].parent, tmp_path / "other")
+    path = other / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    path.write_text(json.dumps(content))
+    for flags, words in (
+        (["--prompt_lookup", "--batch_size", 2], "one stream at a time"),
+        (["--fixed_k"], "--draft_checkpoint_path or --prompt_lookup"),
+        (["--compare"], "--draft_checkpoint_path or --prompt_lookup"),
+        (["--speculate_k", 3], "--draft_checkpoint_path or --prompt_lookup"),
+        (["--prompt_lookup", "--speculate_k", FEW_ROWS], "from 1 to 31"),
+        (["--prompt_lookup", "--compare", "--interactive"], "without --interactive"),
+        (["--prompt_lookup", "--draft_checkpoint_path", checkpoints[1]], "not allowed with"),
+        (["--draft_checkpoint_path", tmp_path / "none.pth"], "there is no checkpoint"),
+        (["--draft_checkpoint_path", other / "model.pth"], "the model's vocabulary"),
+    ):
+        code, out, err = run_cli(*flags)
+        assert code == 2 and words in err and err.count("\n") == 1 and not out, (flags, err)
