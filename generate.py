@@ -758,7 +758,7 @@ def main(args: Namespace) -> None:
     draft = load_draft(model, tokenizer, args) if args.draft_checkpoint_path else None
     began = time.perf_counter()
     session = Session(start_engine(model, draft, args), tokenizer, args)
-    compile_s = time.perf_counter() - began
+    warm_up_s = time.perf_counter() - began
 
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
     with profiler:
@@ -771,7 +771,7 @@ def main(args: Namespace) -> None:
             profiler.export_chrome_trace(str(temporary))
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
     settings |= {"precision": args.precision, "compile": args.compile}
-    report(args, session.records, **settings, load_s=load_s, compile_s=compile_s)
+    report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
 
 
 def report(args: Namespace, records: list[dict], **totals) -> None:
@@ -781,7 +781,7 @@ def report(args: Namespace, records: list[dict], **totals) -> None:
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    line = f"load {totals['load_s']:.2f} s, compile {totals['compile_s']:.2f} s"
+    line = f"load {totals['load_s']:.2f} s, warm-up {totals['warm_up_s']:.2f} s"
     if speeds := [record["tokens_per_s"] for record in records if "tokens_per_s" in record]:
         line = f"median of {len(speeds)}: {statistics.median(speeds):.1f} tokens/s; {line}"
     print(f"[{line}, peak memory {peak / 1e9:.2f} GB]", file=sys.stderr)

@@ -3,14 +3,19 @@
 import functools
 import itertools
 import json
+import os
+import random
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from test_generate import PROMPTS, command, run_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import CONFIG, random_model, write_checkpoint
+from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from generate import (
     DraftModel,
     Engine,
@@ -38,16 +43,22 @@ def engine(config=CONFIG, length=256, model=None, compile=None, width=FEW_ROWS) 
     return Engine(model, compile, width=width)
 
 
+def store(model, name: str, scheme: str) -> None:
+    """Put one Linear of the model into this scheme."""
+    linear = model.get_submodule(name)
+    tensors = quantize(linear.weight, scheme, 32)
+    stored = linear_for(linear, tensors)
+    stored.load_state_dict(tensors, assign=True)
+    stored.float().requires_grad_(False).prepare()
+    model.set_submodule(name, stored)
+
+
 def quantized(scheme: str):
-    """The model of CONFIG with every Linear stored in this scheme."""
+    """The model of CONFIG with every Linear in this scheme."""
     model = random_model(CONFIG)
     for name, linear in list(model.named_modules()):
         if isinstance(linear, Linear):
-            tensors = quantize(linear.weight, scheme, 32)
-            stored = linear_for(linear, tensors)
-            stored.load_state_dict(tensors, assign=True)
-            stored.float().requires_grad_(False).prepare()
-            model.set_submodule(name, stored)
+            store(model, name, scheme)
     return model
 
 
@@ -385,3 +396,44 @@ def test_wrong_flags_and_drafts_are_one_line(run_cli, checkpoints, tmp_path):
     ):
         code, out, err = run_cli(*flags)
         assert code == 2 and words in err and err.count("\n") == 1 and not out, (flags, err)
+
+
+@pytest.mark.parametrize(
+    "script", sorted(ROOT.glob("scripts/speculate_*.sh")), ids=lambda s: s.stem
+)
+def test_the_recipes_pass_flags_that_exist(script, tmp_path):
+    """`python` and `torchrun` are replaced by what parses the flags and stops."""
+    check = "import json, sys, generate; sys.argv[0] = 'generate.py'; "
+    check += "print(json.dumps(vars(generate.make_parser().parse_args()), default=str))"
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!/bin/bash\nwhile [[ $1 != generate.py ]]; do shift; done\nshift\n"
+        f'exec {sys.executable} -c {shlex.quote(check)} "$@"\n'
+    )
+    stand_in.chmod(0o755)
+    (tmp_path / "torchrun").symlink_to(stand_in)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "some/model"}
+    done = subprocess.run([script, "--seed", "7"], env=env, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    flags = json.loads(done.stdout)
+    assert flags["seed"] == 7 and flags["compare"] and flags["speculate_k"] >= 5
+    assert flags["checkpoint_path"].startswith("some/model/model")
+    assert flags["draft_checkpoint_path"].endswith("model_int4.g32.pth")
+
+
+def test_every_mix_of_schemes_compiles():
+    """As in a custom hybrid: nearly every block has other schemes, and one function runs all."""
+    torch.compiler.reset()
+    config = CONFIG | {"num_hidden_layers": 12}
+    models = [random_model(config) for _ in range(2)]
+    choice = random.Random(0)
+    for name, linear in list(models[0].named_modules()):
+        if isinstance(linear, Linear):
+            scheme = choice.choice(["int8", "int4"])
+            for model in models:
+                store(model, name, scheme)
+    kinds = [tuple(type(m) for m in layer.modules()) for layer in models[0].layers]
+    assert len(set(kinds)) > 8  # more than the compiler's own limit
+    compiled = engine(model=models[0], compile="block", width=1)
+    expected = run_rows(engine(model=models[1], width=1), [PROMPTS[0]], n=6)
+    assert run_rows(compiled, [PROMPTS[0]], n=6) == expected
