@@ -687,7 +687,8 @@ def check_flags(args: Namespace) -> None:
         raise UserError("speculation is for one stream at a time; leave --batch_size out")
     if (args.speculate_k or args.fixed_k or args.compare) and not args.speculating:
         raise UserError(
-            "that goes with speculation; add --draft_checkpoint_path or --prompt_lookup"
+            "--speculate_k, --fixed_k and --compare are for speculation; "
+            "add --draft_checkpoint_path or --prompt_lookup"
         )
     if args.compare and args.interactive:
         raise UserError("--compare repeats prompts; use it without --interactive")
