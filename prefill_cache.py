@@ -10,6 +10,7 @@ would write, and a SHA-256 covers header and data. A file that does not pass is 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -19,14 +20,14 @@ import re
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cli import UserError, replacing
+from cli import UserError, number, replacing
 from model import Transformer
 
 FORMAT = "tokenbus prefill cache 1"
@@ -129,6 +130,28 @@ class PrefillCache:
         while used > self.max_bytes:
             used -= self.entries.pop(next(iter(self.entries))).kv.nbytes
 
+    def remember(
+        self,
+        context: list[int],
+        model: Transformer,
+        prefill: Callable[[list[list[int]], int], Tensor],
+    ) -> int:
+        """Put a context into the cache; how many tokens of it had to be prefilled.
+
+        `prefill` takes prompts and how many first tokens the model's cache holds; it should be
+        that of an `Engine` without a cache and not compiled. One row is run, whatever the batch:
+        so the shapes, which decide how sums are rounded, are the same for all flags.
+        """
+        entry = self.lookup(context, model, leave=0)
+        start = entry.length if entry else 0
+        if start < len(context):
+            with first_row(model):
+                if entry:
+                    entry.load_into(model)
+                prefill([context], start)
+                self.store(context, model)
+        return len(context) - start
+
     def resume(self, prompts: list[list[int]], model: Transformer, start: int = 0) -> int:
         """Load what is stored of the beginning that all prompts share, into every row.
 
@@ -141,6 +164,20 @@ class PrefillCache:
             return start
         entry.load_into(model)
         return entry.length
+
+
+@contextlib.contextmanager
+def first_row(model: Transformer) -> Iterator[None]:
+    """Let the model see only row 0 of its KV cache, so that it takes a batch of one."""
+    caches = [layer.attention.kv_cache for layer in model.layers]
+    whole = [(cache.k_cache, cache.v_cache) for cache in caches]
+    try:
+        for cache in caches:
+            cache.k_cache, cache.v_cache = cache.k_cache[:1], cache.v_cache[:1]
+        yield
+    finally:
+        for cache, pair in zip(caches, whole, strict=True):
+            cache.k_cache, cache.v_cache = pair
 
 
 # ------------------------------------------------------------------------------------------------
@@ -168,14 +205,19 @@ class Folder:
             warn(f"{self.path / name} {why}; it is ignored")
         self.warned.add(name)
 
+    def listing(self) -> list[str]:
+        try:
+            return os.listdir(self.path)
+        except OSError:  # somebody has taken the whole directory away
+            return []
+
     def names(self) -> Iterator[re.Match]:
         """The finished files, as matches of NAME."""
-        with contextlib.suppress(FileNotFoundError):  # somebody has removed the whole directory
-            for name in sorted(os.listdir(self.path)):
-                if match := NAME.fullmatch(name):
-                    yield match
-                elif name.endswith(".safetensors") and not name.startswith("."):
-                    self.warn(name, "is not a file of the prefill cache")
+        for name in sorted(self.listing()):
+            if match := NAME.fullmatch(name):
+                yield match
+            elif name.endswith(".safetensors") and not name.startswith("."):
+                self.warn(name, "is not a file of the prefill cache")
 
     def find(self, wanted: list[int], length: int, mark: str, model: Transformer) -> Entry | None:
         """Read the entry that shares the most with `wanted`, and more than `length`, if any.
@@ -259,7 +301,7 @@ class Folder:
         file `spare` is about to be replaced and does not count.
         """
         files, used = [], room
-        for name in os.listdir(self.path) if self.path.is_dir() else ():
+        for name in self.listing():
             made, making = NAME.fullmatch(name), TEMPORARY.fullmatch(name)
             if name == spare or not (made or making):
                 continue
@@ -401,18 +443,37 @@ def warn(text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Filling it
+# What generate.py adds to its command line
 
 
-@contextlib.contextmanager
-def first_row(model: Transformer) -> Iterator[None]:
-    """Let the model see only row 0 of its KV cache, so that it takes a batch of one."""
-    caches = [layer.attention.kv_cache for layer in model.layers]
-    whole = [(cache.k_cache, cache.v_cache) for cache in caches]
+def add_context_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the prefill cache."""
+    about = "a text that every prompt continues, or @FILE; it is prefilled once"
+    parser.add_argument("--prefill_context", type=context_text, metavar="TEXT", help=about)
+    about = "keep prefilled contexts in this folder"
+    parser.add_argument("--prefill_cache", type=Path, metavar="DIR", help=about)
+    size, about = number(float, 0, 1e6), "room in memory, and again in the folder (default: 8)"
+    parser.add_argument("--prefill_cache_gb", type=size, metavar="GB", help=about)
+
+
+def context_text(value: str) -> str:
+    """An argparse type: a text, or @ and the name of the file that holds it."""
+    name = value.removeprefix("@")
     try:
-        for cache in caches:
-            cache.k_cache, cache.v_cache = cache.k_cache[:1], cache.v_cache[:1]
-        yield
-    finally:
-        for cache, pair in zip(caches, whole, strict=True):
-            cache.k_cache, cache.v_cache = pair
+        text = value if name == value else Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        problem = f"cannot read {name!r} ({error}); name a UTF-8 text file"
+        raise argparse.ArgumentTypeError(problem) from None
+    if not text:
+        raise argparse.ArgumentTypeError("the context is empty; give a text or @FILE")
+    return text
+
+
+def make_cache(args: argparse.Namespace) -> PrefillCache | None:
+    """The cache that the flags ask for; `UserError` if they ask for none and yet set it up."""
+    if args.prefill_context:
+        gigabytes = 8 if args.prefill_cache_gb is None else args.prefill_cache_gb
+        return PrefillCache(int(gigabytes * 1e9), args.prefill_cache)
+    if args.prefill_cache or args.prefill_cache_gb is not None:
+        raise UserError("--prefill_cache and --prefill_cache_gb go with --prefill_context; add it")
+    return None
