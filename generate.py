@@ -29,6 +29,7 @@ from torch import Tensor
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
 from linear import FEW_ROWS
 from model import Transformer, TransformerBlock, find_device
+from prefill_cache import PrefillCache, add_context_flags, make_cache
 from tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_CHECKPOINT = (
@@ -111,6 +112,8 @@ class Engine:
         width: int = 1,
     ):
         self.model, self.compile_prefill, self.width = model, compile_prefill, width
+        self.cache: PrefillCache | None = None  # of contexts that prompts may begin with
+        self.cached_tokens = 0  # of each prompt, those that the last prefill found done
         self.decode_step = self.prefill_step = model
         # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
         # sizes that happen to be equal when it is made are not taken for one and the same.
@@ -151,8 +154,12 @@ class Engine:
         """Run each prompt's tokens from `start` on; logits `[B, V]` after the last of each.
 
         The cache must hold the first `start` tokens of every prompt, and every prompt go further.
-        Rows are padded on the right; padding stands at the cache's spare slot.
+        Rows are padded on the right; padding stands at the cache's spare slot. What the prefill
+        cache has of the beginning that all prompts share is loaded from there.
         """
+        if self.cache:
+            start = self.cache.resume(prompts, self.model, start)
+        self.cached_tokens = start
         spare, device = self.model.max_seq_length, self.model.freqs_cis.device
         logits = torch.zeros((), device=device)
         for begin in range(start, max(map(len, prompts)), PREFILL_CHUNK):
@@ -245,18 +252,18 @@ def tokenize(tokenizer: Tokenizer, messages: list[dict], chat: bool) -> list[int
     return tokenizer.encode("".join(message["content"] for message in messages))
 
 
-def check_prompt(prompt: list[int], model: Transformer) -> None:
+def check_prompt(prompt: list[int], model: Transformer, what: str = "prompt") -> None:
     """Raise a `UserError` if the model cannot take this prompt."""
     if not prompt:
         raise UserError("the prompt is empty and this model has no BOS token; pass a text")
     if max(prompt) >= model.args.vocab_size:
         raise UserError(
-            f"the prompt has the token {max(prompt)} and the model only {model.args.vocab_size}; "
+            f"the {what} has the token {max(prompt)} and the model only {model.args.vocab_size}; "
             "put the model's own tokenizer beside it"
         )
     if len(prompt) > model.max_seq_length:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens and the cache {model.max_seq_length} positions; "
+            f"the {what} has {len(prompt)} tokens and the cache {model.max_seq_length} positions; "
             f"shorten it or raise --max_seq_length, which may be up to {model.args.block_size}"
         )
 
@@ -281,15 +288,30 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
     elif is_length(args.prompt):
         generator = torch.Generator().manual_seed(args.seed)
         length = min(int(args.prompt), 2**24)  # longer than any context
-        return [torch.randint(vocab_size, (length,), generator=generator).tolist()]
+        ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
+        return [read_context(args, tokenizer) + ids]
     else:
         texts = [sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt]
     return [tokenize(tokenizer, [*opening(args), user(text)], args.chat) for text in texts]
 
 
 def opening(args: Namespace) -> list[dict]:
-    """The messages that every conversation starts with."""
-    return [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    """The messages that every conversation starts with: the context, then the system prompt."""
+    content = "\n\n".join(filter(None, (args.prefill_context, args.system_prompt)))
+    return [{"role": "system", "content": content}] if content else []
+
+
+def read_context(args: Namespace, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of the context; a prompt's first letters may change the last of them.
+
+    In the chat format they are what the conversations of two different users share.
+    """
+    if not args.prefill_context:
+        return []
+    if not args.chat:
+        return tokenize(tokenizer, opening(args), chat=False)
+    chats = [tokenize(tokenizer, [*opening(args), user(text)], chat=True) for text in ("a", "b")]
+    return os.path.commonprefix(chats)
 
 
 def user(text: str) -> dict:
@@ -343,6 +365,7 @@ def measure(
         return "full cache" if len(prompt) + len(row) > model.max_seq_length else "Ctrl-C"
 
     record: dict = {"prompt_tokens": [*map(len, prompts)], "new_tokens": [*map(len, rows)]}
+    record["prefilled_tokens"] = sum(len(prompt) - engine.cached_tokens for prompt in prompts)
     record["ended_by"] = [*map(ending, prompts, rows)]
     line = f"[{sum(record['prompt_tokens'])} prompt tokens, {sum(record['new_tokens'])} new"
     line += f", ended by {', '.join(sorted(set(record['ended_by'])))}"
@@ -365,16 +388,20 @@ def complete(
     """Continue every prompt `num_samples` times, `batch_size` prompts at once; figures of each."""
     records = []
     echo = not args.chat and not is_length(args.prompt)
+
+    def without_context(ids: list[int]) -> str:
+        return tokenizer.decode(ids).removeprefix(args.prefill_context or "")
+
     for first in list(range(0, len(prompts), batch_size)) * args.num_samples:
         group = prompts[first : first + batch_size]
         if echo and batch_size == 1:
-            print(tokenizer.decode(group[0]), end="", flush=True)
+            print(without_context(group[0]), end="", flush=True)
         padding = group[-1:] * (batch_size - len(group))  # another batch size would compile anew
         seed = args.seed + len(records)
         rows, times = answer(engine, tokenizer, group + padding, args, seed=seed)
         if batch_size > 1:
             for i, prompt in enumerate(group):
-                text = tokenizer.decode(prompt + rows[i] if echo else rows[i])
+                text = without_context(prompt + rows[i]) if echo else tokenizer.decode(rows[i])
                 print(f"--- {first + i}\n{text}")
         records.append(measure(engine, tokenizer, group, rows[: len(group)], times, args))
     return records
@@ -410,7 +437,6 @@ def converse(engine: Engine, tokenizer: Tokenizer, args: Namespace) -> list[dict
         cached = prompt + new[:-1] if new else known  # the last token was not fed to the model
         messages += [user(text), {"role": "assistant", "content": tokenizer.decode(new)}]
         records.append(measure(engine, tokenizer, [prompt], [new], times, args))
-        records[-1]["prefilled_tokens"] = len(prompt) - len(known)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -446,6 +472,7 @@ def make_parser() -> Parser:
     add("--top_p", type=share, default=1.0, help="draw from the likeliest that add up to P")
     add("--min_p", type=share, default=0.0, help="drop what is under P times the likeliest")
     add("--seed", type=number(int, 0, 2**62), default=1234)
+    add_context_flags(parser)
     add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add(
@@ -462,6 +489,7 @@ def main(args: Namespace) -> None:
     if args.interactive and (args.batch_size or 1) > 1:
         raise UserError("--interactive is one conversation; leave --batch_size out")
     device = find_device(args.device)
+    cache = make_cache(args)
     path = args.checkpoint_path or default_checkpoint()
     began = time.perf_counter()
     model, tokenizer = load(path, device, args.precision)
@@ -472,8 +500,9 @@ def main(args: Namespace) -> None:
     batch_size = args.batch_size or (len(prompts) if args.prompts_file else 1)
     if not args.prompts_file:
         prompts *= batch_size
+    context = read_context(args, tokenizer)
     longest = max(map(len, prompts), default=0) + args.max_new_tokens
-    length = args.max_seq_length or min(max(longest, 2048), model.args.block_size)
+    length = args.max_seq_length or min(max(longest, len(context) + 2048), model.args.block_size)
     if length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     try:
@@ -483,10 +512,13 @@ def main(args: Namespace) -> None:
             f"there is no room for a KV cache of {batch_size} rows of {length} positions; "
             "lower --batch_size or --max_seq_length"
         ) from None
+    if context:
+        check_prompt(context, model, "context")
     for prompt in prompts:
         check_prompt(prompt, model)
     engine = Engine(model, args.compile, args.compile_prefill)
     compile_s = engine.warm_up(batch_size) if args.compile or args.compile_prefill else 0.0
+    context_figures = remember(cache, context, [engine])
 
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
     with profiler:
@@ -498,8 +530,25 @@ def main(args: Namespace) -> None:
         with replacing(args.profile) as temporary:
             profiler.export_chrome_trace(str(temporary))
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
-    settings |= {"precision": args.precision, "compile": args.compile}
+    settings |= {"precision": args.precision, "compile": args.compile} | context_figures
     report(args, records, **settings, load_s=load_s, compile_s=compile_s)
+
+
+def remember(cache: PrefillCache | None, context: list[int], engines: list[Engine]) -> dict:
+    """Give the engines a cache that holds the context, if there is one; the figures of that."""
+    if cache is None:
+        return {}
+    began, done = time.perf_counter(), 0
+    for engine in engines:
+        engine.cache = cache
+        cache.fingerprint(engine.model)  # so that no file of another engine's is taken for stale
+    for engine in engines:
+        done += cache.remember(context, engine.model, Engine(engine.model, None).prefill)
+    figures = {"context_tokens": len(context), "context_prefilled_tokens": done}
+    figures["context_s"] = time.perf_counter() - began
+    line = "[context: {} tokens, {} prefilled, {:.3f} s]".format(*figures.values())
+    print(line, file=sys.stderr)
+    return figures
 
 
 def report(args: Namespace, records: list[dict], **totals) -> None:
