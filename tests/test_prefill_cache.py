@@ -113,15 +113,19 @@ def test_a_batch_of_different_prompts_shares_one_context(tmp_path):
     assert text_with(cache, make_model(batch_size=3), PROMPTS) == (len(CONTEXT), expected)
 
 
-def test_another_chunking_changes_rounding_and_no_more():
-    """The bound that the README states, on logits of about unit size."""
-    for kind, bound in (("float32", 1e-5), ("bfloat16", 0.1)):
-        whole, parts = (Engine(make_model(kind), None) for _ in range(2))
-        parts.cache = PrefillCache(ROOM)
-        remember(parts.cache, parts.model)
-        a, b = (engine.prefill(PROMPTS[:1]).float() for engine in (whole, parts))
+BOUNDS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1, "int8": 0.2, "int4": 0.2}
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+def test_another_chunking_changes_rounding_and_no_more(kind, tmp_path):
+    """The bound that the README states, in standard deviations of the logits."""
+    whole, parts = (Engine(make_model(kind, folder=tmp_path), None) for _ in range(2))
+    parts.cache = PrefillCache(ROOM)
+    remember(parts.cache, parts.model)
+    for prompt in PROMPTS:
+        a, b = (engine.prefill([prompt]).float() for engine in (whole, parts))
         assert parts.cached_tokens == len(CONTEXT)
-        assert (a - b).abs().max() < bound * a.std()
+        assert (a - b).abs().max() < BOUNDS[kind] * a.std()
 
 
 def test_nothing_is_compiled_for_the_cache():
