@@ -281,7 +281,8 @@ class Folder:
         digest = digest_of(make_header(mark, entry.tokens, shape, dtype), data)
         header = make_header(mark, entry.tokens, shape, dtype, digest)
         path = self.path / name_of(mark, entry.tokens)
-        self.trim(room=len(header) + len(data), spare=path.name)
+        if len(header) + len(data) > self.max_bytes:
+            return warn(f"{path} would be larger than the whole prefill cache; it is not written")
         try:
             with replacing(path) as temporary:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
@@ -292,18 +293,17 @@ class Folder:
         except UserError as error:
             warn(str(error))
         self.warned.discard(path.name)
-        self.trim()  # another process may have written at the same time
+        self.trim()
 
-    def trim(self, room: int = 0, spare: str = "") -> None:
-        """Remove the files used least recently until all of them and `room` bytes fit.
+    def trim(self) -> None:
+        """Remove the files used least recently, those of other processes too, until the rest fits.
 
-        Those still being written count, and are left alone, unless their writer must be dead. The
-        file `spare` is about to be replaced and does not count.
+        Those still being written count, and are left alone, unless their writer must be dead.
         """
-        files, used = [], room
+        files, used = [], 0
         for name in self.listing():
             made, making = NAME.fullmatch(name), TEMPORARY.fullmatch(name)
-            if name == spare or not (made or making):
+            if not (made or making):
                 continue
             with contextlib.suppress(OSError):  # another process made room
                 stat = os.stat(self.path / name)

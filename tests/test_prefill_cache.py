@@ -257,6 +257,15 @@ def test_what_is_larger_than_the_budget_is_not_kept_and_the_text_is_right(tmp_pa
     assert "not kept" in capsys.readouterr().err
 
 
+def test_a_file_larger_than_the_budget_removes_no_other(tmp_path, capsys):
+    """Of a size between that of the keys and values and that of the file with its header."""
+    size, model = entry_bytes(tmp_path), make_model()
+    remember(PrefillCache(size - 100, tmp_path), model, OTHER)
+    (file,) = files_in(tmp_path)
+    assert "not written" in capsys.readouterr().err
+    assert PrefillCache(ROOM, tmp_path).lookup(CONTEXT, model)
+
+
 # ---- Files that are not what they should be ----------------------------------------------------
 
 
