@@ -72,7 +72,7 @@ class PrefillCache:
         self.fingerprints: weakref.WeakKeyDictionary[Transformer, str] = weakref.WeakKeyDictionary()
 
     def fingerprint(self, model: Transformer) -> str:
-        """The fingerprint of a model, computed once: `load_state_dict` makes a cache useless."""
+        """The fingerprint of a model, taken once: weights must not change afterwards."""
         if model not in self.fingerprints:
             self.fingerprints[model] = fingerprint(model)
         return self.fingerprints[model]

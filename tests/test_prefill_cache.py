@@ -498,6 +498,17 @@ def test_two_processes_may_store_and_evict_in_one_directory(tmp_path):
     assert 0 < sum(file.stat().st_size for file in folder.iterdir()) <= budget
 
 
+def test_a_file_that_another_process_has_just_removed_is_no_warning(tmp_path, capsys):
+    model = make_model()
+    remember(PrefillCache(ROOM, tmp_path), model)
+    names = os.listdir(tmp_path)
+    (tmp_path / names[0]).unlink()
+    cache = PrefillCache(ROOM, tmp_path)
+    cache.folder.listing = lambda: names  # as seen a moment ago
+    assert cache.lookup(CONTEXT, model) is None and remember(cache, model) == len(CONTEXT)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path, capsys):
     process = start(KILLED, tmp_path)
     process.communicate(timeout=60)
