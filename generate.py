@@ -31,6 +31,7 @@ from torch import Tensor
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
 from linear import FEW_ROWS
 from model import Transformer, TransformerBlock, find_device
+from prefill_cache import PrefillCache, add_context_flags, make_cache
 from tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_CHECKPOINT = (
@@ -113,6 +114,8 @@ class Engine:
         width: int = 1,
     ):
         self.model, self.compile_prefill, self.width = model, compile_prefill, width
+        self.cache: PrefillCache | None = None  # of contexts that prompts may begin with
+        self.cached_tokens = 0  # of each prompt, those that the last prefill found done
         self.decode_step = self.prefill_step = model
         # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
         # sizes that happen to be equal when it is made are not taken for one and the same.
@@ -153,8 +156,12 @@ class Engine:
         """Run each prompt's tokens from `start` on; logits `[B, V]` after the last of each.
 
         The cache must hold the first `start` tokens of every prompt, and every prompt go further.
-        Rows are padded on the right; padding stands at the cache's spare slot.
+        Rows are padded on the right; padding stands at the cache's spare slot. Of new prompts, what
+        the prefill cache has of the beginning that all share is loaded from there.
         """
+        if self.cache and start == 0:
+            start = self.cache.resume(prompts, self.model)
+        self.cached_tokens = start
         spare, device = self.model.max_seq_length, self.model.freqs_cis.device
         logits = torch.zeros((), device=device)
         for begin in range(start, max(map(len, prompts)), PREFILL_CHUNK):
@@ -218,7 +225,7 @@ class DraftModel:
     """Proposes tokens with a model that is cheaper to run; `vocab_size` is the target's."""
 
     def __init__(self, engine: Engine, vocab_size: int):
-        self.engine, self.vocab_size = engine, vocab_size
+        self.engine, self.vocab_size, self.engines = engine, vocab_size, [engine]
         self.known = 0  # how many tokens of the text the cache holds
 
     def begin(self, start: int) -> None:
@@ -255,7 +262,7 @@ class PromptLookup:
     """Proposes what followed the last few tokens where they stood before (Saxena 2023)."""
 
     def __init__(self, vocab_size: int, device: torch.device):
-        self.vocab_size, self.device = vocab_size, device
+        self.vocab_size, self.device, self.engines = vocab_size, device, []
         self.begin(0)
 
     def begin(self, start: int) -> None:
@@ -308,7 +315,7 @@ class Speculator:
 
     def __init__(self, engine: Engine, draft: DraftModel | PromptLookup, k: int, fixed: bool):
         self.engine, self.draft, self.k, self.fixed = engine, draft, k, fixed
-        self.model = engine.model
+        self.model, self.engines = engine.model, [engine, *draft.engines]
         self.costs = [1.0] * (k + 1)  # of a step with so many proposals
         self.histogram = [0] * (k + 1)  # steps of this text that accepted so many
         self.hits, self.trials, self.idle = 3.5, 5.0, 0  # a guess, until something is known
@@ -429,18 +436,18 @@ def tokenize(tokenizer: Tokenizer, messages: list[dict], chat: bool) -> list[int
     return tokenizer.encode("".join(message["content"] for message in messages))
 
 
-def check_prompt(prompt: list[int], model: Transformer) -> None:
+def check_prompt(prompt: list[int], model: Transformer, what: str = "prompt") -> None:
     """Raise a `UserError` if the model cannot take this prompt."""
     if not prompt:
         raise UserError("the prompt is empty and this model has no BOS token; pass a text")
     if max(prompt) >= model.args.vocab_size:
         raise UserError(
-            f"the prompt has the token {max(prompt)} and the model only {model.args.vocab_size}; "
+            f"the {what} has the token {max(prompt)} and the model only {model.args.vocab_size}; "
             "put the model's own tokenizer beside it"
         )
     if len(prompt) > model.max_seq_length:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens and the cache {model.max_seq_length} positions; "
+            f"the {what} has {len(prompt)} tokens and the cache {model.max_seq_length} positions; "
             f"shorten it or raise --max_seq_length, which may be up to {model.args.block_size}"
         )
 
@@ -465,15 +472,30 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
     elif is_length(args.prompt):
         generator = torch.Generator().manual_seed(args.seed)
         length = min(int(args.prompt), 2**24)  # longer than any context
-        return [torch.randint(vocab_size, (length,), generator=generator).tolist()]
+        ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
+        return [read_context(args, tokenizer) + ids]
     else:
         texts = [sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt]
     return [tokenize(tokenizer, [*opening(args), user(text)], args.chat) for text in texts]
 
 
 def opening(args: Namespace) -> list[dict]:
-    """The messages that every conversation starts with."""
-    return [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    """The messages that every conversation starts with: the context, then the system prompt."""
+    content = "\n\n".join(filter(None, (args.prefill_context, args.system_prompt)))
+    return [{"role": "system", "content": content}] if content else []
+
+
+def read_context(args: Namespace, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of the context; a prompt's first letters may change the last of them.
+
+    In the chat format they are what the conversations of two different users share.
+    """
+    if not args.prefill_context:
+        return []
+    if not args.chat:
+        return tokenize(tokenizer, opening(args), chat=False)
+    chats = [tokenize(tokenizer, [*opening(args), user(text)], chat=True) for text in ("a", "b")]
+    return os.path.commonprefix(chats)
 
 
 def user(text: str) -> dict:
@@ -538,6 +560,9 @@ class Session:
             return "full cache" if len(prompt) + len(row) > model.max_seq_length else "Ctrl-C"
 
         record: dict = {"prompt_tokens": [*map(len, prompts)], "new_tokens": [*map(len, rows)]}
+        target = engine.engine if isinstance(engine, Speculator) else engine
+        done = len(prompts) * target.cached_tokens
+        record["prefilled_tokens"] = sum(record["prompt_tokens"]) - done
         record["ended_by"] = [*map(ending, prompts, rows)]
         line = f"[{sum(record['prompt_tokens'])} prompt tokens, {sum(record['new_tokens'])} new"
         line += f", ended by {', '.join(sorted(set(record['ended_by'])))}"
@@ -563,8 +588,12 @@ class Session:
 
     def complete(self, prompts: list[list[int]]) -> None:
         """Continue every prompt `num_samples` times, `batch_size` prompts at once."""
-        args, decode = self.args, self.tokenizer.decode
+        args = self.args
         echo = not args.chat and not is_length(args.prompt)
+
+        def decode(ids: list[int]) -> str:
+            return self.tokenizer.decode(ids).removeprefix(args.prefill_context or "")
+
         for first in list(range(0, len(prompts), args.batch_size)) * args.num_samples:
             group = prompts[first : first + args.batch_size]
             if echo and args.batch_size == 1:
@@ -572,7 +601,8 @@ class Session:
             rows, record = self.answer(group, self.engine, show=True)
             if args.batch_size > 1:
                 for i, (prompt, row) in enumerate(zip(group, rows, strict=True), first):
-                    print(f"--- {i}\n{decode(prompt + row if echo else row)}")
+                    text = decode(prompt + row) if echo else self.tokenizer.decode(row)
+                    print(f"--- {i}\n{text}")
             if args.compare:
                 self.compare(group, rows, record)
             self.records.append(record)
@@ -618,7 +648,7 @@ class Session:
             cached = prompt + new[:-1] if new else known  # the last token was not fed to the model
             reply = {"role": "assistant", "content": self.tokenizer.decode(new)}
             messages += [user(text), reply]
-            self.records.append(record | {"prefilled_tokens": len(prompt) - len(known)})
+            self.records.append(record)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -654,6 +684,7 @@ def make_parser() -> Parser:
     add("--top_p", type=share, default=1.0, help="draw from the likeliest that add up to P")
     add("--min_p", type=share, default=0.0, help="drop what is under P times the likeliest")
     add("--seed", type=number(int, 0, 2**62), default=1234)
+    add_context_flags(parser)
     draft = parser.add_mutually_exclusive_group()
     text = "speculate with this checkpoint of the same vocabulary"
     draft.add_argument("--draft_checkpoint_path", type=Path, help=text)
@@ -733,6 +764,7 @@ def start_engine(
 def main(args: Namespace) -> None:
     check_flags(args)
     device = find_device(args.device)
+    cache = make_cache(args)
     path = args.checkpoint_path or default_checkpoint()
     began = time.perf_counter()
     model, tokenizer = load(path, device, args.precision)
@@ -743,8 +775,9 @@ def main(args: Namespace) -> None:
     args.batch_size = args.batch_size or (len(prompts) if args.prompts_file else 1)
     if not args.prompts_file:
         prompts *= args.batch_size
+    context = read_context(args, tokenizer)
     longest = max(map(len, prompts), default=0) + args.max_new_tokens
-    length = args.max_seq_length or min(max(longest, 2048), model.args.block_size)
+    length = args.max_seq_length or min(max(longest, len(context) + 2048), model.args.block_size)
     if length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     try:
@@ -754,12 +787,15 @@ def main(args: Namespace) -> None:
             f"there is no room for a KV cache of {args.batch_size} rows of {length} positions; "
             "lower --batch_size or --max_seq_length"
         ) from None
+    if context:
+        check_prompt(context, model, "context")
     for prompt in prompts:
         check_prompt(prompt, model)
     draft = load_draft(model, tokenizer, args) if args.draft_checkpoint_path else None
     began = time.perf_counter()
     session = Session(start_engine(model, draft, args), tokenizer, args)
     warm_up_s = time.perf_counter() - began
+    context_figures = remember(cache, context, session.engine)
 
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
     with profiler:
@@ -771,8 +807,27 @@ def main(args: Namespace) -> None:
         with replacing(args.profile) as temporary:
             profiler.export_chrome_trace(str(temporary))
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
-    settings |= {"precision": args.precision, "compile": args.compile}
+    settings |= {"precision": args.precision, "compile": args.compile} | context_figures
     report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
+
+
+def remember(cache: PrefillCache | None, context: list[int], engine: Engine | Speculator) -> dict:
+    """Give the engines a cache that holds the context, if there is one; the figures of that."""
+    if cache is None:
+        return {}
+    began, done = time.perf_counter(), 0
+    engines = engine.engines if isinstance(engine, Speculator) else [engine]
+    for engine in engines:
+        engine.cache = cache
+        cache.fingerprint(engine.model)  # so that no file of another engine's is taken for stale
+    for engine in engines:
+        room = context[: engine.model.max_seq_length]
+        done += cache.remember(room, engine.model, Engine(engine.model, None).prefill)
+    figures = {"context_tokens": len(context), "context_prefilled_tokens": done}
+    figures["context_s"] = time.perf_counter() - began
+    line = "[context: {} tokens, {} prefilled, {:.3f} s]".format(*figures.values())
+    print(line, file=sys.stderr)
+    return figures
 
 
 def report(args: Namespace, records: list[dict], **totals) -> None:

@@ -376,6 +376,24 @@ def test_a_conversation_speculates(run_cli, checkpoints):
     assert code == 0 and out == expected and err.count("steps that accepted") == 3
 
 
+def test_a_context_is_prefilled_once_for_the_model_and_for_the_draft(
+    run_cli, checkpoints, tmp_path
+):
+    file = tmp_path / "figures.json"
+    common = ("--temperature", 0, "--max_new_tokens", 9, "--prompt", " and so", "--json", file)
+    context = ("--prefill_context", "It was " * 20)
+    _, expected, _ = run_cli(*common, *context)
+    flags = (*common, *context, "--prefill_cache", tmp_path / "cache", "--num_samples", 2)
+    for times in (2, 0):  # the second process finds both models' files
+        code, out, err = run_cli(*flags, "--draft_checkpoint_path", checkpoints[1])
+        assert code == 0 and out == expected * 2, err
+        figures = json.loads(file.read_text())
+        assert figures["context_prefilled_tokens"] == times * figures["context_tokens"]
+        assert all(record["prefilled_tokens"] < 20 for record in figures["samples"])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert run_cli(*flags, "--prompt_lookup")[1] == expected * 2
+
+
 def test_wrong_flags_and_drafts_are_one_line(run_cli, checkpoints, tmp_path):
     other = shutil.copytree(checkpoints[1].parent, tmp_path / "other")
     path = other / "tokenizer.json"

@@ -1,0 +1,478 @@
+"""Keys and values of contexts that come back, kept in memory and on disk: prefilled once, ever.
+
+A stored entry serves every prompt that begins as it does, cut where the two part, since a token's
+keys and values depend on nothing after it. Entries are found by token ids, not by text.
+
+On disk an entry is one safetensors file (https://github.com/huggingface/safetensors, "Format") of
+one tensor. Nothing in it is believed: its header must be, byte for byte, the one that this model
+would write, and a SHA-256 covers header and data. A file that does not pass is prefilled anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cli import UserError, number, replacing
+from model import Transformer
+
+FORMAT = "tokenbus prefill cache 1"
+NAME = re.compile(r"([0-9a-f]{16}-\d+of\d+)-([0-9a-f]{16})\.safetensors")  # fingerprint, tokens
+TEMPORARY = re.compile(r"\.\d+-" + NAME.pattern)  # as `replacing` calls a file that is being made
+STALE_S = 3600  # a temporary file this old has no writer any more
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+SAMPLES = 64  # values of each tensor in a fingerprint
+
+
+@dataclasses.dataclass
+class Entry:
+    """Keys and values `[n_layer, 2, H, n, D]` after `tokens`, of which the first `length` serve."""
+
+    tokens: list[int]
+    kv: Tensor
+    length: int
+
+    def load_into(self, model: Transformer, rows: slice = slice(None)) -> None:
+        """Write the first `length` positions into these rows of the model's KV cache."""
+        for layer, (k, v) in zip(model.layers, self.kv, strict=True):  # [H, n, D] each
+            cache = layer.attention.kv_cache
+            cache.k_cache[rows, :, : self.length] = k[:, : self.length]
+            cache.v_cache[rows, :, : self.length] = v[:, : self.length]
+
+
+class PrefillCache:
+    """A store of prefilled contexts: up to `max_bytes` in memory, and as much in `directory`.
+
+    What was used least recently goes first. One cache serves several models (a target and its
+    draft) and several processes may share a directory. Memory is that of the model's device.
+    Raises a `UserError` if the directory cannot be written.
+
+    Under tensor parallelism each rank has its own cache object and files, and all ranks must call
+    `lookup` together: they agree on the shortest length that any of them found.
+    """
+
+    def __init__(self, max_bytes: int, directory: Path | None = None):
+        self.max_bytes = max_bytes
+        self.folder = Folder(Path(directory), max_bytes) if directory else None
+        self.entries: dict[str, Entry] = {}  # by name, the least recently used first
+        self.fingerprints: weakref.WeakKeyDictionary[Transformer, str] = weakref.WeakKeyDictionary()
+
+    def fingerprint(self, model: Transformer) -> str:
+        """The fingerprint of a model, taken once: weights must not change afterwards."""
+        if model not in self.fingerprints:
+            self.fingerprints[model] = fingerprint(model)
+        return self.fingerprints[model]
+
+    def lookup(self, tokens: list[int], model: Transformer, leave: int = 1) -> Entry | None:
+        """What is stored of the longest prefix of `tokens`, or None.
+
+        The last `leave` tokens are not looked for: one has to be fed to get logits.
+        """
+        wanted, mark = tokens[: max(0, len(tokens) - leave)], self.fingerprint(model)
+        mine = [entry for name, entry in self.entries.items() if name.startswith(mark + "-")]
+        found = max(mine, key=lambda entry: common_length(entry.tokens, wanted), default=None)
+        length = common_length(found.tokens, wanted) if found else 0
+        if self.folder and length < len(wanted):
+            on_disk = self.folder.find(wanted, length, mark, model)
+            self.folder.warn_of_stale(wanted, on_disk, {*self.fingerprints.values()})
+            if on_disk:
+                found, length = on_disk, common_length(on_disk.tokens, wanted)
+                self.keep(name_of(mark, found.tokens), found)
+        length = agree(length, model.freqs_cis.device)
+        if not length:
+            return None
+        name = name_of(mark, found.tokens)
+        if name in self.entries:
+            self.entries[name] = self.entries.pop(name)  # now the most recently used
+        if self.folder:
+            self.folder.touch(name)
+        return dataclasses.replace(found, length=length)
+
+    def store(self, tokens: list[int], model: Transformer, row: int = 0) -> None:
+        """Keep what row `row` of the model's KV cache holds of `tokens`, its first positions."""
+        if not 0 < len(tokens) <= model.max_seq_length:
+            raise ValueError(f"{len(tokens)} tokens, and a cache of {model.max_seq_length}")
+        caches = [layer.attention.kv_cache for layer in model.layers]
+        pairs = [(cache.k_cache[row], cache.v_cache[row]) for cache in caches]  # [H, S + 1, D]
+        kv = torch.stack([torch.stack(pair)[:, :, : len(tokens)] for pair in pairs])
+        entry = Entry([*tokens], kv.contiguous(), len(tokens))
+        if kv.nbytes > self.max_bytes:
+            warn(
+                f"{len(tokens)} tokens of context take {kv.nbytes / 1e9:.2f} GB, more than the "
+                f"prefill cache's {self.max_bytes / 1e9:.2f}; they are not kept"
+            )
+            return
+        mark = self.fingerprint(model)
+        self.keep(name_of(mark, entry.tokens), entry)
+        if self.folder:
+            self.folder.write(mark, entry)
+
+    def keep(self, name: str, entry: Entry) -> None:
+        """Put an entry into memory, in place of those used least recently."""
+        self.entries.pop(name, None)
+        if entry.kv.nbytes <= self.max_bytes:
+            self.entries[name] = entry
+        used = sum(entry.kv.nbytes for entry in self.entries.values())
+        while used > self.max_bytes:
+            used -= self.entries.pop(next(iter(self.entries))).kv.nbytes
+
+    def remember(
+        self,
+        context: list[int],
+        model: Transformer,
+        prefill: Callable[[list[list[int]], int], Tensor],
+    ) -> int:
+        """Put a context into the cache; how many tokens of it had to be prefilled.
+
+        `prefill` takes prompts and how many first tokens the model's cache holds; it should be
+        that of an `Engine` without a cache and not compiled. One row is run, whatever the batch:
+        so the shapes, which decide how sums are rounded, are the same for all flags.
+        """
+        entry = self.lookup(context, model, leave=0)
+        start = entry.length if entry else 0
+        if start < len(context):
+            with first_row(model):
+                if entry:
+                    entry.load_into(model)
+                prefill([context], start)
+                self.store(context, model)
+        return len(context) - start
+
+    def resume(self, prompts: list[list[int]], model: Transformer) -> int:
+        """Load what is stored of the beginning that all prompts share, into every row.
+
+        Returns how many tokens that is: of each prompt all but the last at the most.
+        """
+        shared = os.path.commonprefix([prompt[:-1] for prompt in prompts if prompt])
+        entry = self.lookup(shared, model, leave=0)
+        if entry is None:
+            return 0
+        entry.load_into(model)
+        return entry.length
+
+
+@contextlib.contextmanager
+def first_row(model: Transformer) -> Iterator[None]:
+    """Let the model see only row 0 of its KV cache, so that it takes a batch of one."""
+    caches = [layer.attention.kv_cache for layer in model.layers]
+    whole = [(cache.k_cache, cache.v_cache) for cache in caches]
+    try:
+        for cache in caches:
+            cache.k_cache, cache.v_cache = cache.k_cache[:1], cache.v_cache[:1]
+        yield
+    finally:
+        for cache, pair in zip(caches, whole, strict=True):
+            cache.k_cache, cache.v_cache = pair
+
+
+# ------------------------------------------------------------------------------------------------
+# On disk
+
+
+class Folder:
+    """The files of a directory that this format owns, up to `max_bytes` of them."""
+
+    def __init__(self, path: Path, max_bytes: int):
+        self.path, self.max_bytes = path, max_bytes
+        self.tokens: dict[str, list[int]] = {}  # by name, which changes with them
+        self.warned: set[str] = set()
+        advice = "name a folder of yours with --prefill_cache"
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the prefill cache {path} ({error}); {advice}") from None
+        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"the prefill cache {path} cannot be written; {advice}")
+
+    def warn(self, name: str, why: str) -> None:
+        """Say once that a file is not used."""
+        if name not in self.warned:
+            warn(f"{self.path / name} {why}; it is ignored")
+        self.warned.add(name)
+
+    def listing(self) -> list[str]:
+        try:
+            return os.listdir(self.path)
+        except OSError:  # somebody has taken the whole directory away
+            return []
+
+    def names(self) -> Iterator[re.Match]:
+        """The finished files, as matches of NAME."""
+        for name in sorted(self.listing()):
+            if match := NAME.fullmatch(name):
+                yield match
+            elif name.endswith(".safetensors") and not name.startswith("."):
+                self.warn(name, "is not a file of the prefill cache")
+
+    def find(self, wanted: list[int], length: int, mark: str, model: Transformer) -> Entry | None:
+        """Read the entry that shares the most with `wanted`, and more than `length`, if any.
+
+        A file is read whole, so one that would serve with less than a sixteenth is left alone.
+        """
+        found = []
+        for match in self.names():
+            tokens = self.tokens_of(match[0]) if match[1] == mark else []
+            shared = common_length(tokens, wanted)
+            if shared > length and shared * 16 >= len(tokens):
+                found.append((-shared, len(tokens), match[0]))
+        for *_, name in sorted(found):
+            if entry := self.checked(name, lambda name: read(self.path / name, mark, model)):
+                return entry
+        return None
+
+    def tokens_of(self, name: str) -> list[int]:
+        """The token ids in a file's header; none, with a warning, if they are not to be had."""
+        if name not in self.tokens:
+            tokens = self.checked(name, lambda name: read_tokens(self.path / name))
+            if tokens is None:
+                return []
+            self.tokens[name] = tokens
+        return self.tokens[name]
+
+    def checked(self, name: str, reader):
+        """What `reader` makes of a file; None if it is gone or, with a warning, cannot be used."""
+        try:
+            return reader(name)
+        except FileNotFoundError:  # another process made room
+            return None
+        except OSError as error:
+            return self.warn(name, f"cannot be read ({error.strerror})")
+        except ValueError as error:
+            return self.warn(name, str(error))
+
+    def warn_of_stale(self, wanted: list[int], found: Entry | None, marks: set[str]) -> None:
+        """Say if the very context wanted is here, but not of any model that is running."""
+        ranks = {mark.partition("-")[2] for mark in marks}
+        for match in self.names() if found is None else ():
+            stale = match[1] not in marks and match[1].partition("-")[2] in ranks
+            if stale and match[2] == hash_of(wanted):
+                why = "is of another checkpoint, precision, device or version of torch"
+                self.warn(match[0], why)
+
+    def touch(self, name: str) -> None:
+        """Mark a file as used now."""
+        with contextlib.suppress(OSError):  # not there, or another user's
+            os.utime(self.path / name)
+
+    def write(self, mark: str, entry: Entry) -> None:
+        """Write an entry, readable by its owner only, and remove what the budget has no room for.
+
+        Failing is no more than a warning: the text does not depend on it.
+        """
+        data = bytearray(entry.kv.nbytes)
+        flat = torch.frombuffer(data, dtype=entry.kv.dtype)
+        flat.copy_(entry.kv.flatten())
+        shape, dtype = entry.kv.shape, entry.kv.dtype
+        digest = digest_of(make_header(mark, entry.tokens, shape, dtype), data)
+        header = make_header(mark, entry.tokens, shape, dtype, digest)
+        path = self.path / name_of(mark, entry.tokens)
+        if len(header) + len(data) > self.max_bytes:
+            return warn(f"{path} would be larger than the whole prefill cache; it is not written")
+        try:
+            with replacing(path) as temporary:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+                with open(os.open(temporary, flags, 0o600), "wb") as file:
+                    os.fchmod(file.fileno(), 0o600)  # the temporary may be a killed process's
+                    file.write(header)
+                    file.write(data)
+        except UserError as error:
+            warn(str(error))
+        self.warned.discard(path.name)
+        self.trim()
+
+    def trim(self) -> None:
+        """Remove the files used least recently, those of other processes too, until the rest fits.
+
+        Those still being written count, and are left alone, unless their writer must be dead.
+        """
+        files, used = [], 0
+        for name in self.listing():
+            made, making = NAME.fullmatch(name), TEMPORARY.fullmatch(name)
+            if not (made or making):
+                continue
+            with contextlib.suppress(OSError):  # another process made room
+                stat = os.stat(self.path / name)
+                if making and time.time() - stat.st_mtime > STALE_S:
+                    os.unlink(self.path / name)
+                    continue
+                used += stat.st_size
+                if made:
+                    files.append((stat.st_mtime_ns, stat.st_size, name))
+        for _, size, name in sorted(files):
+            if used <= self.max_bytes:
+                return
+            with contextlib.suppress(OSError):
+                os.unlink(self.path / name)
+            used -= size
+
+
+def make_header(
+    mark: str, tokens: list[int], shape: torch.Size, dtype: torch.dtype, digest: str = "0" * 64
+) -> bytes:
+    """The first bytes of a file, up to its one tensor: a length and JSON, as safetensors has it."""
+    size = shape.numel() * dtype.itemsize
+    metadata = {"format": FORMAT, "fingerprint": mark, "sha256": digest}
+    metadata["tokens"] = " ".join(map(str, tokens))
+    kv = {"dtype": DTYPES[dtype], "shape": [*shape], "data_offsets": [0, size]}
+    text = json.dumps({"__metadata__": metadata, "kv": kv}).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(file) -> tuple[bytes, dict]:
+    """The header of an open file and the metadata in it; `ValueError` if it is not one."""
+    start = file.read(8)
+    size = int.from_bytes(start, "little")
+    if len(start) < 8 or size > os.fstat(file.fileno()).st_size:
+        raise ValueError("is cut short or no safetensors file")
+    header = file.read(size)
+    try:
+        metadata = json.loads(header)["__metadata__"]
+        return start + header, {key: metadata[key] + "" for key in ("format", "sha256", "tokens")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("is damaged or not a file of the prefill cache") from None
+
+
+def read_tokens(path: Path) -> list[int]:
+    """The token ids of an entry; `ValueError` if they are not those that its name stands for."""
+    with open(path, "rb") as file:
+        metadata = read_header(file)[1]
+    if metadata["format"] != FORMAT:
+        raise ValueError(f"has the format {metadata['format'][:80]!r}, not {FORMAT!r}")
+    if hash_of(metadata["tokens"]) != NAME.fullmatch(path.name)[2]:
+        raise ValueError("is damaged: its tokens are not those of its name")
+    return [int(token) for token in metadata["tokens"].split()]
+
+
+def read(path: Path, mark: str, model: Transformer) -> Entry:
+    """The whole entry of a model; `ValueError` if anything about the file is not as written."""
+    tokens = read_tokens(path)
+    slots = model.layers[0].attention.kv_cache.k_cache  # [B, H, S + 1, D]
+    shape = torch.Size((len(model.layers), 2, slots.shape[1], len(tokens), slots.shape[3]))
+    with open(path, "rb") as file:
+        header, metadata = read_header(file)
+        if header != make_header(mark, tokens, shape, slots.dtype, metadata["sha256"]):
+            raise ValueError("is damaged or of another model: its header is not this model's")
+        data = bytearray(shape.numel() * slots.dtype.itemsize)
+        if file.readinto(data) != len(data) or file.read(1):
+            raise ValueError("is damaged: it has not the length that its header says")
+    if digest_of(make_header(mark, tokens, shape, slots.dtype), data) != metadata["sha256"]:
+        raise ValueError("is damaged: its checksum is wrong")
+    kv = torch.frombuffer(data, dtype=slots.dtype).view(shape)
+    return Entry(tokens, kv.to(slots.device), len(tokens))
+
+
+# ------------------------------------------------------------------------------------------------
+# What tells contexts and models apart
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return len(os.path.commonprefix([a, b]))  # it takes lists as well as paths
+
+
+def hash_of(tokens: list[int] | str) -> str:
+    """Sixteen hexadecimal digits for token ids, or for their text in a file's header."""
+    text = tokens if isinstance(tokens, str) else " ".join(map(str, tokens))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def name_of(mark: str, tokens: list[int]) -> str:
+    """The name of the file for these tokens of the model with this fingerprint."""
+    return f"{mark}-{hash_of(tokens)}.safetensors"
+
+
+def digest_of(header: bytes, data: bytearray) -> str:
+    """The SHA-256 of a file, taken with a header that has zeros for it."""
+    digest = hashlib.sha256(header)
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def fingerprint(model: Transformer) -> str:
+    """What tells this model's keys and values from any other's: 16 digits and the rank of ranks.
+
+    A hash of the configuration, the shape and dtype of a cached position, the kind of device, the
+    version of torch (both decide how sums are rounded) and, of every tensor, its name, shape, dtype
+    and 64 evenly spread values. So a 140 GB file need not be read, and an edit that leaves all
+    those values as they were is not noticed.
+    """
+    slots = model.layers[0].attention.kv_cache.k_cache
+    facts = [FORMAT, torch.__version__, slots.device.type, str(slots.dtype), slots.shape[1]]
+    facts += [slots.shape[3], dataclasses.asdict(model.args)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
+        step = tensor.numel() // SAMPLES | 1  # odd, so as not to stay in one column
+        values = tensor.reshape(-1)[::step].contiguous()
+        digest.update(bytes(values.view(torch.uint8).tolist()))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+    return f"{digest.hexdigest()[:16]}-{rank}of{world}"
+
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def agree(length: int, device: torch.device) -> int:
+    """The least of the lengths that the ranks have found: they must prefill the same tokens."""
+    if not distributed() or dist.get_world_size() == 1:
+        return length
+    least = torch.tensor(length, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------
+# What generate.py adds to its command line
+
+
+def add_context_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the prefill cache."""
+    about = "a text that every prompt continues, or @FILE; it is prefilled once"
+    parser.add_argument("--prefill_context", type=context_text, metavar="TEXT", help=about)
+    about = "keep prefilled contexts in this folder"
+    parser.add_argument("--prefill_cache", type=Path, metavar="DIR", help=about)
+    size, about = number(float, 0, 1e6), "room in memory, and again in the folder (default: 8)"
+    parser.add_argument("--prefill_cache_gb", type=size, metavar="GB", help=about)
+
+
+def context_text(value: str) -> str:
+    """An argparse type: a text, or @ and the name of the file that holds it."""
+    name = value.removeprefix("@")
+    try:
+        text = value if name == value else Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        problem = f"cannot read {name!r} ({error}); name a UTF-8 text file"
+        raise argparse.ArgumentTypeError(problem) from None
+    if not text:
+        raise argparse.ArgumentTypeError("the context is empty; give a text or @FILE")
+    return text
+
+
+def make_cache(args: argparse.Namespace) -> PrefillCache | None:
+    """The cache that the flags ask for; `UserError` if they ask for none and yet set it up."""
+    if args.prefill_context:
+        gigabytes = 8 if args.prefill_cache_gb is None else args.prefill_cache_gb
+        return PrefillCache(int(gigabytes * 1e9), args.prefill_cache)
+    if args.prefill_cache or args.prefill_cache_gb is not None:
+        raise UserError("--prefill_cache and --prefill_cache_gb go with --prefill_context; add it")
+    return None
