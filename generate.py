@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
 from model import Transformer, TransformerBlock, find_device
+from ranges import traced
 from tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_CHECKPOINT = (
@@ -470,7 +471,8 @@ def main(args: Namespace) -> None:
     compile_s = engine.warm_up(batch_size) if args.compile or args.compile_prefill else 0.0
 
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
-    with profiler:
+    ranges = traced(engine, globals()) if args.profile else contextlib.nullcontext()
+    with ranges, profiler:
         if args.interactive:
             records = converse(engine, tokenizer, args)
         else:
