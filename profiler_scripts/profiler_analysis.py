@@ -169,8 +169,9 @@ def walk(events: Iterable[dict]) -> Iterator[tuple[str, Range | dict, Key | None
     """Go through one thread's events in time.
 
     Yields `("closed", range, None)` for each range, its own time known, and for each launch of a
-    kernel `("launch", event, key)`, the key telling what it belongs to. What lies between two steps, such as
-    sampling, belongs to the phase of the step before; what comes before all steps, to none.
+    kernel `("launch", event, key)`, the key telling what it belongs to. What lies between two
+    steps, such as sampling, belongs to the phase of the step before; what comes before all steps,
+    to none.
     """
     stack: list[Range] = []
     phase = None
@@ -302,6 +303,11 @@ def profile_trace(path: Path) -> Profile:
 # From times to rows
 
 
+def role_place(role: str) -> int:
+    """Where a role stands in the order of a block; last, if it is not known."""
+    return ROLES.index(role) if role in ROLES else len(ROLES)
+
+
 def breakdown(profile: Profile, phase: str) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a phase: `(level, what they are the sum of)`. The types add up to the total."""
     keys = [key[1:] for key in profile.tallies if key[0] == phase]
@@ -311,10 +317,7 @@ def breakdown(profile: Profile, phase: str) -> Iterator[tuple[str, dict[str, str
             linears = [key for key in keys if key[0] == kind]
             for scheme in sorted({scheme for _, scheme, _ in linears}):
                 yield "scheme", {"kind": kind, "scheme": scheme}
-            roles = {role for *_, role in linears}
-            for role in sorted(
-                roles, key=lambda role: (role not in ROLES, (*ROLES, role).index(role))
-            ):
+            for role in sorted({role for *_, role in linears}, key=role_place):
                 yield "role", {"kind": kind, "role": role}
     yield "total", {}
 
@@ -388,8 +391,8 @@ def row_name(row: dict) -> str:
 def place_of(row: dict) -> tuple:
     """What rows are sorted by: the type, its sum, its schemes, its roles; the total last."""
     kinds, levels = (*TYPES, "Total"), ("type", "scheme", "role", "total")
-    role = ROLES.index(row["role"]) if row["role"] in ROLES else len(ROLES)
-    return kinds.index(row["layer_type"]), levels.index(row["level"]), row["scheme"], role
+    type_and_level = kinds.index(row["layer_type"]), levels.index(row["level"])
+    return *type_and_level, row["scheme"], role_place(row["role"])
 
 
 def phase_section(profile: Profile, phase: str, rows: list[dict]) -> str:
@@ -465,7 +468,7 @@ def draw(profiles: list[Profile], path: Path) -> None:
             left = [a + b for a, b in zip(left, ms, strict=True)]
         for place, end in enumerate(left):
             axis.text(end, place, f" {end:.2f} ms", va="center")
-        axis.set(title=phase, xlabel="milliseconds a step", xlim=(0, max(left, default=1) * 1.15))
+        axis.set(title=phase, xlabel="milliseconds a step", xlim=(0, max(left, default=1) * 1.3))
         axis.invert_yaxis()
         if parts:
             axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
@@ -475,6 +478,7 @@ def draw(profiles: list[Profile], path: Path) -> None:
 def color_of(kind: str, scheme: str) -> str:
     """The same colour for the same thing in every chart."""
     schemes = {"int4": "#08306b", "int8": "#2171b5", "int8-activation": "#6baed6"}
+    schemes |= {"as floats": "#9ecae1"}
     others = ["#c6dbef", "#e6550d", "#31a354", "#756bb1", "#e7298a", "#fdae6b", "#8c6d31"]
     others += ["#969696", "#d9d9d9"]
     if kind == "Linear":
