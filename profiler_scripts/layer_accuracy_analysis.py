@@ -9,7 +9,7 @@ budget, and the model so made is measured once more on text that had no part in 
 The loss is by default the KL divergence of the bf16 model's next-token distributions from those of
 the rounded one. A Linear of block i changes nothing before block i, so what enters each block of
 the int4 model is kept and only the blocks from i on are run. The time goes into these runs, half
-a model on average for each Linear, plus the output matrix; for SmolLM2-135M's 211 Linears with the
+a model on average for each Linear, plus the output matrix; for SmolLM2-135M's 151 Linears with the
 default limit some minutes on two cores. An lm-eval task runs in full for each of them: hours.
 
 `quantize.py --mode hybrid --critical_layers @FILE` takes the list written by --layers_file.
@@ -62,24 +62,20 @@ Losses = Callable[[str, int], Tensor]  # of a part of the data, if blocks before
 
 @dataclasses.dataclass
 class Variants:
-    """A model whose Linears can be exchanged: three modules of each, of one and the same name."""
+    """A model whose Linears can be exchanged: by scheme, then by name, the modules and the bytes
+    that a checkpoint stores of each (scales included, a bias not)."""
 
     model: Transformer
-    modules: dict[str, dict[str, Linear]]  # by scheme, then by name
+    modules: dict[str, dict[str, Linear]]
+    nbytes: dict[str, dict[str, int]]
 
     def use(self, schemes: dict[str, str]) -> None:
         """Put these Linears, by name, into these schemes."""
         for name, scheme in schemes.items():
             self.model.set_submodule(name, self.modules[scheme][name])
 
-    def nbytes(self, name: str, scheme: str) -> int:
-        """Bytes of a Linear's weight, its scales included and a bias not."""
-        linear = self.modules[scheme][name]
-        bias = 0 if linear.bias is None else linear.bias.nbytes
-        return sum(tensor.nbytes for tensor in linear.parameters()) - bias
-
     def total(self, schemes: dict[str, str]) -> int:
-        return sum(self.nbytes(name, scheme) for name, scheme in schemes.items())
+        return sum(self.nbytes[scheme][name] for name, scheme in schemes.items())
 
     def bits(self, schemes: dict[str, str]) -> float:
         """Bits a weight over all Linears."""
@@ -90,24 +86,40 @@ class Variants:
         return sum(linear.weight.numel() for linear in self.modules["bf16"].values())
 
 
-def make_variants(model: Transformer, groupsize: int, path: Path) -> Variants:
-    """Round every Linear of a bf16 model both ways, as quantize.py does; the model stays as it is.
-
-    The modules do not get their kernels' packed weights: with many rows those are not used.
-    """
+def check_plain(model: Transformer, args: Namespace) -> None:
+    """Raise a `UserError` unless every Linear is bf16 and can be rounded to int4."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     if any(type(linear) is not Linear for linear in linears.values()):
-        raise UserError(f"{path} is quantized already; pass the model.pth it was made of")
-    check_groups(linears, dict.fromkeys(linears, "int4"), groupsize)
+        raise UserError(
+            f"{args.model_path} is quantized already; pass the model.pth it was made of"
+        )
+    check_groups(linears, dict.fromkeys(linears, "int4"), args.groupsize)
+
+
+def make_variants(model: Transformer, groupsize: int) -> Variants:
+    """Round every Linear of a bf16 model both ways, as quantize.py does; the model stays as it is.
+
+    An int4 module is a plain Linear with the dequantized weight: what an `Int4Linear` computes with
+    many rows, without unpacking at each run. It takes the memory of the bf16 model once more.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     modules: dict[str, dict[str, Linear]] = {"bf16": linears, "int8": {}, "int4": {}}
+    nbytes: dict[str, dict[str, int]] = {scheme: {} for scheme in modules}
     for name, linear in tqdm(linears.items(), "quantizing", unit="matrix"):
+        nbytes["bf16"][name] = linear.weight.nbytes
         for scheme in ("int8", "int4"):
             tensors = quantize(linear.weight, scheme, groupsize)
+            nbytes[scheme][name] = sum(tensor.nbytes for tensor in tensors.values())
             module = linear_for(linear, tensors)
             module.load_state_dict(tensors, assign=True, strict=False)
+            if scheme == "int4":
+                weight = module.dequantize()
+                with torch.device("meta"):
+                    module = Linear(linear.in_features, linear.out_features)
+                module.weight = torch.nn.Parameter(weight)
             module.bias = linear.bias
             modules[scheme][name] = module.requires_grad_(False)
-    return Variants(model, modules)
+    return Variants(model, modules, nbytes)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -243,15 +255,16 @@ class TaskLosses:
             raise UserError(f"--metric {args.metric} needs lm-eval; run `pip install lm-eval`")
         from lm_eval.tasks import TaskManager
 
-        self.name, self.manager = args.metric, TaskManager(include_path=args.include_path)
-        if self.name not in self.manager.all_tasks:
+        self.name, manager = args.metric, TaskManager(include_path=args.include_path)
+        if self.name not in manager.all_tasks:
             raise UserError(
                 f"--metric {self.name} is neither kl nor perplexity nor a task of lm-eval; "
                 "`lm-eval ls tasks` lists them, --include_path DIR adds those of a folder"
             )
         try:
-            loaded = self.manager.load([self.name])["tasks"]
-            count = len(next(iter(loaded.values())).eval_docs)
+            loaded = manager.load([self.name])["tasks"]
+            self.task = loaded[next(iter(loaded))]
+            count = len(self.task.eval_docs)
         except (OSError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"lm-eval cannot load {self.name} ({reason})") from None
@@ -268,8 +281,7 @@ class TaskLosses:
     def __call__(self, part: str, start: int = 0) -> Tensor:
         results = lm_eval.simple_evaluate(
             self.evaluator,
-            tasks=[self.name],
-            task_manager=self.manager,
+            tasks=[self.task],
             samples={self.name: self.documents[part]},
             log_samples=True,
             bootstrap_iters=0,
@@ -359,7 +371,7 @@ def rank(variants: Variants, found: dict[str, Tensor]) -> list[dict]:
     rows = []
     for name in variants.modules["int4"]:
         saved, error = mean_and_error(found[""] - found[name])
-        extra = variants.nbytes(name, "int8") - variants.nbytes(name, "int4")
+        extra = variants.nbytes["int8"][name] - variants.nbytes["int4"][name]
         row = {"name": name, "role": name.rpartition(".")[2], "extra_bytes": extra}
         rows.append(row | {"saved": saved, "saved_error": error, "per_mb": saved / extra * 1e6})
     rows.sort(key=lambda row: -row["per_mb"])
@@ -465,12 +477,15 @@ def draw(layers: list[dict], metric: str, path: Path) -> None:
             )
     axes[0].set(title="Saved by int8, by block", xlabel="block", ylabel=loss_name(metric))
     axes[0].axhline(0, color="grey", lw=0.5)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend()
     sums = {role: sum(r["saved"] for r in layers if r["role"] == role) for role in ROLES}
     costs = {role: sum(r["extra_bytes"] for r in layers if r["role"] == role) for role in ROLES}
     axes[1].bar([*sums], [*sums.values()])
     for place, role in enumerate(ROLES):
-        axes[1].text(place, max(0, sums[role]), f"{costs[role] / 1e6:.1f} MB", ha="center")
+        axes[1].text(
+            place, max(0, sums[role]), f"{costs[role] / 1e6:.3g} MB", ha="center", va="bottom"
+        )
     axes[1].set(title="Sum over the layers of a role, and its extra bytes")
     saved = list(itertools.accumulate(max(0, row["saved"]) for row in layers))
     bytes_used = list(itertools.accumulate(row["extra_bytes"] / 1e6 for row in layers))
@@ -507,7 +522,7 @@ def make_parser() -> Parser:
     add("--metric", default="kl", help="kl, perplexity, or the name of an lm-eval task")
     add("--text", type=Path, default=README, help="half of it ranks (default: README)")
     add("--include_path", type=Path, metavar="DIR", help="a folder with further lm-eval tasks")
-    add("--limit", type=number(int, 2), default=16, help="sequences or documents of each half")
+    add("--limit", type=number(int, 2), default=8, help="sequences or documents of each half")
     add("--max_seq_length", type=number(int, 2), default=256, help="tokens of a sequence")
     add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="of int4")
     budget = "bits a weight of all Linears (default: those of quantize.py's hybrid)"
@@ -538,9 +553,7 @@ def main(args: Namespace) -> None:
     on_text = args.metric in ("kl", "perplexity")
     parts = read_parts(args, tokenizer, device) if on_text else {}
     state = read_state(args, fingerprint(args, device))
-    variants = make_variants(model, args.groupsize, args.model_path)
-    hybrid = built_in_hybrid([*variants.modules["int4"]])
-    args.budget = find_budget(args, variants, hybrid)
+    check_plain(model, args)
     if on_text:
         losses = TextLosses(model, parts, args.metric)
         count = len(parts["ranking"])
@@ -548,6 +561,9 @@ def main(args: Namespace) -> None:
     else:
         losses = TaskLosses(model, tokenizer, args)
         sizes = f"2 parts of {len(losses.documents['ranking'])} documents"
+    variants = make_variants(model, args.groupsize)
+    hybrid = built_in_hybrid([*variants.modules["int4"]])
+    args.budget = find_budget(args, variants, hybrid)
     found = measure(variants, losses, state, state_file(args.report_file))
     layers = rank(variants, found)
     room = args.budget * variants.weights / 8
