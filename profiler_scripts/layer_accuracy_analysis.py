@@ -255,14 +255,14 @@ class TaskLosses:
             raise UserError(f"--metric {args.metric} needs lm-eval; run `pip install lm-eval`")
         from lm_eval.tasks import TaskManager
 
-        self.name, manager = args.metric, TaskManager(include_path=args.include_path)
-        if self.name not in manager.all_tasks:
+        self.name, self.manager = args.metric, TaskManager(include_path=args.include_path)
+        if self.name not in self.manager.all_tasks:
             raise UserError(
                 f"--metric {self.name} is neither kl nor perplexity nor a task of lm-eval; "
                 "`lm-eval ls tasks` lists them, --include_path DIR adds those of a folder"
             )
         try:
-            loaded = manager.load([self.name])["tasks"]
+            loaded = self.manager.load([self.name])["tasks"]
             self.task = loaded[next(iter(loaded))]
             count = len(self.task.eval_docs)
         except (OSError, ImportError) as error:
@@ -282,6 +282,7 @@ class TaskLosses:
         results = lm_eval.simple_evaluate(
             self.evaluator,
             tasks=[self.task],
+            task_manager=self.manager,  # else it would read all definitions anew
             samples={self.name: self.documents[part]},
             log_samples=True,
             bootstrap_iters=0,

