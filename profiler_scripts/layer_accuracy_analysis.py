@@ -255,21 +255,23 @@ class TaskLosses:
             raise UserError(f"--metric {args.metric} needs lm-eval; run `pip install lm-eval`")
         from lm_eval.tasks import TaskManager
 
-        self.name, self.manager = args.metric, TaskManager(include_path=args.include_path)
-        if self.name not in self.manager.all_tasks:
+        self.name, manager = args.metric, TaskManager(include_path=args.include_path)
+        if self.name not in manager.all_tasks:
             raise UserError(
                 f"--metric {self.name} is neither kl nor perplexity nor a task of lm-eval; "
                 "`lm-eval ls tasks` lists them, --include_path DIR adds those of a folder"
             )
         try:
-            loaded = self.manager.load([self.name])["tasks"]
-            self.task = loaded[next(iter(loaded))]
+            self.loaded = manager.load([self.name])
+            self.task = next(iter(self.loaded["tasks"].values()))
             count = len(self.task.eval_docs)
         except (OSError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"lm-eval cannot load {self.name} ({reason})") from None
-        if len(loaded) != 1 or count < 4:
+        if len(self.loaded["tasks"]) != 1 or count < 4:
             raise UserError(f"--metric {self.name} should be one task with four documents or more")
+        if self.task.get_config("num_fewshot") is None:
+            self.task.set_config(key="num_fewshot", value=0)
         half = min(args.limit, count // 2)
         documents = {"ranking": range(half), "held back": range(half, 2 * half)}
         self.documents = {part: list(numbers) for part, numbers in documents.items()}
@@ -279,10 +281,10 @@ class TaskLosses:
         """Nothing: a task is always run in full."""
 
     def __call__(self, part: str, start: int = 0) -> Tensor:
-        results = lm_eval.simple_evaluate(
+        self.task.set_fewshot_seed(seed=1234)  # the same examples every time, lm-eval's own
+        results = lm_eval.evaluate(  # simple_evaluate would ask the system about itself each time
             self.evaluator,
-            tasks=[self.task],
-            task_manager=self.manager,  # else it would read all definitions anew
+            self.loaded,
             samples={self.name: self.documents[part]},
             log_samples=True,
             bootstrap_iters=0,

@@ -31,6 +31,7 @@ PARTS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3",
 NAMES = [f"layers.{i}.{part}" for i in range(2) for part in PARTS] + ["output"]
 SENSITIVE = "layers.1.feed_forward.w2"
 TEXT = "".join(f"In the year {n * n} the llama saw {n} hills, or {n * 7 % 13}. " for n in range(60))
+CPU = torch.device("cpu")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -302,7 +303,7 @@ def test_nothing_of_the_ranges_stays(folder):
 
 
 def test_read_bandwidth_is_that_of_a_memory():
-    assert 0.1 < profiling.read_bandwidth(torch.device("cpu"), 2**26) < 1e4
+    assert 0.1 < profiling.read_bandwidth(CPU, 2**26) < 1e4
 
 
 # ---- What int4 costs ---------------------------------------------------------------------------
@@ -328,7 +329,7 @@ def variants(folder):
 
 def text_losses(folder, model, metric="kl"):
     args = accuracy.make_parser().parse_args([*map(str, flags_of(folder, folder / "x.md"))])
-    parts = accuracy.read_parts(args, Tokenizer.from_folder(folder), torch.device("cpu"))
+    parts = accuracy.read_parts(args, Tokenizer.from_folder(folder), CPU)
     return accuracy.TextLosses(model, parts, metric)
 
 
@@ -483,6 +484,11 @@ def test_a_task_of_lm_eval_ranks(run, folder, tmp_path, monkeypatch, few_tasks):
     assert len([row for row in rows if row["row"] == "layer"]) == len(NAMES)
     accuracies = {-float(row["ranking_loss"]) for row in rows if row["row"] == "model"}
     assert accuracies <= {0.0, 0.25, 0.5, 0.75, 1.0}  # of four documents
+    scorer = accuracy.Evaluator(*generate.load(folder / "model.pth", CPU, "bfloat16"), 8, 128)
+    manager = lm_eval.tasks.TaskManager(include_path=tmp_path)
+    expected = lm_eval.simple_evaluate(scorer, tasks=["tiny_choice"], task_manager=manager, limit=4)
+    (own,) = (float(row["ranking_loss"]) for row in rows if row["name"] == "bf16")
+    assert own == -expected["results"]["tiny_choice"]["acc,none"]
 
 
 # ---- Which layers there are --------------------------------------------------------------------
