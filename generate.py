@@ -32,6 +32,7 @@ from cli import Parser, UserError, add_model_flags, number, output_file, replaci
 from linear import FEW_ROWS
 from model import Transformer, TransformerBlock, find_device
 from prefill_cache import PrefillCache, add_context_flags, make_cache
+from ranges import traced
 from tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_CHECKPOINT = (
@@ -116,6 +117,7 @@ class Engine:
         self.model, self.compile_prefill, self.width = model, compile_prefill, width
         self.cache: PrefillCache | None = None  # of contexts that prompts may begin with
         self.cached_tokens = 0  # of each prompt, those that the last prefill found done
+        self.engines = [self]  # as of a `Speculator`
         self.decode_step = self.prefill_step = model
         # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
         # sizes that happen to be equal when it is made are not taken for one and the same.
@@ -795,10 +797,11 @@ def main(args: Namespace) -> None:
     began = time.perf_counter()
     session = Session(start_engine(model, draft, args), tokenizer, args)
     warm_up_s = time.perf_counter() - began
-    context_figures = remember(cache, context, session.engine)
+    context_figures = remember(cache, context, session.engine.engines)
 
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
-    with profiler:
+    ranges = traced(session.engine.engines, globals()) if args.profile else contextlib.nullcontext()
+    with ranges, profiler:
         if args.interactive:
             session.converse()
         else:
@@ -816,7 +819,6 @@ def remember(cache: PrefillCache | None, context: list[int], engine: Engine | Sp
     if cache is None:
         return {}
     began, done = time.perf_counter(), 0
-    engines = engine.engines if isinstance(engine, Speculator) else [engine]
     for engine in engines:
         engine.cache = cache
         cache.fingerprint(engine.model)  # so that no file of another engine's is taken for stale

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from test_generate import command, run_rows
 
 import prefill_cache
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
@@ -21,6 +20,7 @@ from linear import Linear
 from model import Transformer
 from prefill_cache import PrefillCache
 from quantize import quantize
+from test_generate import command, run_rows
 
 SHAPE = CONFIG | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 CONTEXT = [(i * 37 + i * i) % 250 for i in range(70)]

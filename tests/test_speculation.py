@@ -12,7 +12,6 @@ import sys
 
 import pytest
 import torch
-from test_generate import PROMPTS, command, run_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
@@ -29,6 +28,7 @@ from generate import (
 )
 from linear import FEW_ROWS, Linear, linear_for
 from quantize import quantize
+from test_generate import PROMPTS, command, run_rows
 
 GREEDY = Sampling(temperature=0)
 CONFIG = CONFIG | {"hidden_size": 64, "head_dim": 16}  # so that groups of 32 fit

@@ -1,0 +1,109 @@
+"""Lists every Linear of a checkpoint: shape, size, how it is stored, and its share of the model.
+
+    python profiler_scripts/layer_identification.py --model_path model.pth --report_file report.md
+
+The names are those that `quantize.py --critical_layers` takes. With a report of
+layer_accuracy_analysis.py (.md, .txt or .csv), each Linear's rank in it is listed, too.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from torch import nn
+
+from cli import Parser, UserError, run
+from linear import Linear
+from model import Transformer
+from profiler_scripts.profiler_analysis import table
+from quantize import read_text
+from ranges import scheme_of
+
+RANKING = {"rank": "rank", "layer": "name", "scheme": "scheme", "saved": "saved"}  # md: csv
+
+
+def unique_bytes(module: nn.Module) -> int:
+    """Bytes of a module's tensors; what is one tensor under two names counts once."""
+    return sum(tensor.nbytes for tensor in module.parameters())
+
+
+def list_linears(model: Transformer) -> list[dict]:
+    """A row for each Linear, in the order of the model."""
+    rows, whole = [], unique_bytes(model)
+    for name, linear in model.named_modules():
+        if isinstance(linear, Linear):
+            weights = linear.in_features * linear.out_features
+            bias = 0 if linear.bias is None else linear.bias.numel()
+            size = unique_bytes(linear)
+            row = {"layer": name, "shape": f"{linear.out_features} x {linear.in_features}"}
+            row |= {"parameters": weights + bias, "bytes": size, "stored as": scheme_of(linear)}
+            rows.append(row | {"share (%)": 100 * size / whole})
+    return rows
+
+
+def read_ranking(path: Path) -> dict[str, dict[str, str]]:
+    """Rank, proposed scheme and saved loss by layer, from a report; `UserError` if it has none."""
+    text, found = read_text(path), []
+    if path.suffix == ".csv":
+        keys = {key: RANKING[key] for key in RANKING}
+        found = [row for row in csv.DictReader(text.splitlines()) if row.get("row") == "layer"]
+    else:
+        keys, titles = {key: key for key in RANKING}, []
+        for line in text.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if cells[:2] == ["rank", "layer"]:
+                titles = cells
+            elif titles and len(cells) == len(titles) and cells[0].isdecimal():
+                found.append(dict(zip(titles, cells, strict=True)))
+    try:
+        rows = [{key: row[keys[key]] for key in RANKING} for row in found]
+    except KeyError:
+        rows = []
+    if not rows:
+        raise UserError(
+            f"{path} has no ranking of layers; make one with layer_accuracy_analysis.py, "
+            "as .md, .txt or .csv"
+        )
+    return {row["layer"]: row for row in rows}
+
+
+def add_ranking(rows: list[dict], path: Path) -> None:
+    """Put a report's columns behind those of the layers; `UserError` if it is of another model."""
+    ranking = read_ranking(path)
+    for row in rows:
+        if row["layer"] not in ranking:
+            raise UserError(f"{path} is of another model: it does not rank {row['layer']}")
+        found = ranking[row["layer"]]
+        row["rank"] = int(found["rank"])
+        row |= {"proposed": found["scheme"], "saved": float(found["saved"])}
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model_path", type=Path, required=True, help="any checkpoint")
+    add("--report_file", type=Path, help="a report of layer_accuracy_analysis.py, to read")
+    return parser
+
+
+def main(args: Namespace) -> None:
+    model = Transformer.from_checkpoint(args.model_path)
+    rows = list_linears(model)
+    if args.report_file:
+        add_ranking(rows, args.report_file)
+    print(table([*rows[0]], [row.values() for row in rows]))
+    parameters = sum(row["parameters"] for row in rows)
+    size, whole = sum(row["bytes"] for row in rows), unique_bytes(model)
+    print(f"{len(rows)} Linears: {parameters:,} parameters, {size:,} bytes of {whole:,}", end="")
+    print(f" ({100 * size / whole:.2f} %), {8 * size / parameters:.4f} bits a parameter")
+    if model.output.weight is model.tok_embeddings.weight:
+        print("output.weight is the embedding itself: one tensor, counted once in the whole")
+
+
+if __name__ == "__main__":
+    run(main, make_parser())
