@@ -12,6 +12,16 @@ setup(
     description="Llama-family text generation in plain PyTorch, as fast as the memory bus allows",
     license="BSD-3-Clause",
     python_requires=">=3.10",
-    py_modules=["cli", "linear", "model", "tokenizer", "generate", "gptq", "quantize", "eval"],
+    py_modules=[
+        "cli",
+        "linear",
+        "model",
+        "tokenizer",
+        "tp",
+        "generate",
+        "gptq",
+        "quantize",
+        "eval",
+    ],
     install_requires=[line.split("#")[0].strip() for line in requirements],
 )
