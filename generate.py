@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import tp
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
 from linear import FEW_ROWS
-from model import Transformer, TransformerBlock, find_device
+from model import Transformer, TransformerBlock
 from tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_CHECKPOINT = (
@@ -212,9 +213,11 @@ def generate(
 # Prompts in, text and figures out
 
 
-def load(path: Path, device: torch.device, precision: str) -> tuple[Transformer, Tokenizer]:
+def load(
+    path: Path, device: torch.device, precision: str, shard: tp.Shard | None = None
+) -> tuple[Transformer, Tokenizer]:
     """The model in the file `path` and the tokenizer of its folder; `UserError` if they differ."""
-    model = Transformer.from_checkpoint(path, device, getattr(torch, precision))
+    model = Transformer.from_checkpoint(path, device, getattr(torch, precision), shard)
     tokenizer = Tokenizer.from_folder(path.parent)
     if tokenizer.text_size > model.args.vocab_size:
         raise UserError(
@@ -283,7 +286,8 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
         length = min(int(args.prompt), 2**24)  # longer than any context
         return [torch.randint(vocab_size, (length,), generator=generator).tolist()]
     else:
-        texts = [sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt]
+        source = (lambda: sys.stdin.read().removesuffix("\n")) if args.prompt == "-" else None
+        texts = [tp.same(source) if source else args.prompt]
     return [tokenize(tokenizer, [*opening(args), user(text)], args.chat) for text in texts]
 
 
@@ -380,18 +384,23 @@ def complete(
     return records
 
 
+def read_line() -> str:
+    """What the user types next: /quit at the end of the input, nothing after Ctrl-C."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return "/quit"
+    except KeyboardInterrupt:
+        print()
+        return ""
+
+
 def converse(engine: Engine, tokenizer: Tokenizer, args: Namespace) -> list[dict]:
     """Talk until /quit or the end of the input; each turn prefills only what the cache lacks."""
     messages, cached, records = opening(args), [], []
     print("/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer", file=sys.stderr)
     while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            return records
-        except KeyboardInterrupt:
-            text = ""
-            print()
+        text = tp.same(read_line)
         if text == "/quit":
             return records
         if text == "/reset":
@@ -461,10 +470,12 @@ def main(args: Namespace) -> None:
         raise UserError("--system_prompt is for chats; add --chat")
     if args.interactive and (args.batch_size or 1) > 1:
         raise UserError("--interactive is one conversation; leave --batch_size out")
-    device = find_device(args.device)
-    path = args.checkpoint_path or default_checkpoint()
+    device, shard = tp.start(args.device)
+    if shard and shard.rank:  # rank 0 writes the files
+        args.profile = args.json = None
+    path = args.checkpoint_path or tp.in_turn(default_checkpoint)
     began = time.perf_counter()
-    model, tokenizer = load(path, device, args.precision)
+    model, tokenizer = load(path, device, args.precision, shard)
     synchronize(device)
     load_s = time.perf_counter() - began
 
@@ -494,11 +505,13 @@ def main(args: Namespace) -> None:
             records = converse(engine, tokenizer, args)
         else:
             records = complete(engine, tokenizer, prompts, batch_size, args)
+    communication = shard.cost(model, batch_size) if shard else {}
+    tp.finish(shard)
     if args.profile:
         with replacing(args.profile) as temporary:
             profiler.export_chrome_trace(str(temporary))
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
-    settings |= {"precision": args.precision, "compile": args.compile}
+    settings |= {"precision": args.precision, "compile": args.compile} | communication
     report(args, records, **settings, load_s=load_s, compile_s=compile_s)
 
 
