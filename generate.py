@@ -273,7 +273,7 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
     """The prompts that the flags ask for, as token ids."""
     if args.prompts_file:
         try:
-            lines = args.prompts_file.read_text(encoding="utf-8-sig").split("\n")
+            lines = tp.same(lambda: args.prompts_file.read_text(encoding="utf-8-sig")).split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"cannot read --prompts_file {args.prompts_file} ({error}); pass a UTF-8 text file"
@@ -286,8 +286,7 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
         length = min(int(args.prompt), 2**24)  # longer than any context
         return [torch.randint(vocab_size, (length,), generator=generator).tolist()]
     else:
-        source = (lambda: sys.stdin.read().removesuffix("\n")) if args.prompt == "-" else None
-        texts = [tp.same(source) if source else args.prompt]
+        texts = [tp.same(sys.stdin.read).removesuffix("\n") if args.prompt == "-" else args.prompt]
     return [tokenize(tokenizer, [*opening(args), user(text)], args.chat) for text in texts]
 
 

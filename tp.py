@@ -159,7 +159,7 @@ def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int) -> None:
         if count % world:
             raise UserError(
                 f"{world} processes cannot share the {count} {what} of this model evenly; "
-                f"start {' or '.join(map(str, fitting))}"
+                f"possible are {', '.join(map(str, fitting))}"
             )
 
 
