@@ -117,11 +117,11 @@ def outcomes(folder) -> list[tuple]:
     """Every case with its outcome on one process, on rank 0 and on rank 1."""
     paths = [sorted((folder / name).glob("*.pth")) for name in ("base", "rich")]
     cases = [(str(path), rows, None) for path in paths[0] + paths[1] for rows in (1, 3)]
-    plain, *_, gptq, _, _ = rich = [str(path) for path in paths[1]]
-    assert "gptq" in gptq  # stored like int4, so that compiling one of them is enough
-    cases += [(path, 3, "block") for path in rich if path != gptq]
-    cases += [(plain, 1, "block"), (gptq, 1, "block")]
-    cases += [(plain, 1, "whole"), (rich[-1], 3, "whole")]
+    rich = {path.stem: str(path) for path in paths[1]}
+    plain, gptq = rich["model"], rich.pop("model_int4-gptq.g32")  # which is stored like int4
+    cases += [(path, 3, "block") for path in rich.values()]
+    cases += [(plain, 1, "block"), (gptq, 1, "block"), (plain, 1, "whole")]
+    cases += [(rich["model_int8-activation"], 3, "whole")]
     (folder / "cases.json").write_text(json.dumps(cases))
     done = launch(ROOT / "tests" / "tp_worker.py", folder / "cases.json", folder / "results")
     print(done.stdout)
@@ -141,7 +141,8 @@ def test_two_processes_give_the_tokens_and_logits_of_one(outcomes):
 
 def test_a_rank_holds_half_of_every_matrix(outcomes):
     for case, one, *ranks in outcomes:
-        matrices = [name for name, size in one["sizes"].items() if ".w" in name and size > 4096]
+        matrices = [name for name in one["sizes"] if name.endswith((".weight", "_zeros"))]
+        matrices = [name for name in matrices if name.startswith("layers.") and "norm" not in name]
         assert len(matrices) >= 8
         for name in matrices:
             halves = [rank["sizes"][name] * 2 for rank in ranks]
@@ -206,29 +207,24 @@ def test_a_conversation_is_the_same(folder):
 
 
 def test_eval_scores_the_same_and_writes_once(folder):
-    output = folder / "scores.json"
-    flags = ("--checkpoint_path", folder / "rich" / "model.pth", "--precision", "float32")
-    flags += ("--perplexity", folder / "text.txt", "--max_seq_length", 100, "--device", "cpu")
-    done = launch(ROOT / "eval.py", *flags, "--output_path", output)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("perplexity") == 1
-    scores = json.loads(output.read_text())
-    assert alone(ROOT / "eval.py", *flags, "--output_path", output).returncode == 0
-    expected = json.loads(output.read_text())
-    assert scores["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
-    assert scores["tokens"] == expected["tokens"] == 900
-
-
-def test_tasks_give_the_metrics_of_one_process(folder):
-    rows = "".join(json.dumps({"page": "A page. " * n}) + "\n" for n in range(1, 6))
-    (folder / "data.jsonl").write_text(rows)
+    """Both of what eval.py measures; a page of a task is scored like a text cut without overlap."""
+    (folder / "data.jsonl").write_text(json.dumps({"page": (folder / "text.txt").read_text()}))
     (folder / "page.yaml").write_text(PAGES.format(folder / "data.jsonl"))
-    flags = ("--checkpoint_path", folder / "base" / "model.pth", "--precision", "float32")
-    flags += ("--tasks", "tp_pages", "--include_path", folder, "--device", "cpu")
-    done = launch(ROOT / "eval.py", *flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == alone(ROOT / "eval.py", *flags).stdout
-    assert done.stdout.count("bits_per_byte") == 1
+    flags = (ROOT / "eval.py", "--checkpoint_path", folder / "rich" / "model.pth", *GREEDY[2:])
+    flags += ("--max_seq_length", 100, "--output_path", folder / "scores.json")
+    text = ("--perplexity", folder / "text.txt", "--stride", 100)
+    task = ("--tasks", "tp_pages", "--include_path", folder)
+    scores = []
+    for kind, launcher in ((text, (sys.executable,)), (text, PAIR), (task, PAIR)):
+        done = launch(*flags, *kind, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("perplexity" if kind == text else "bits_per_byte") == 1
+        scores.append(json.loads((folder / "scores.json").read_text()))
+    one, two, page = scores
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+    assert two["tokens"] == one["tokens"] == 900
+    bits = page["results"]["tp_pages"]["bits_per_byte,none"]
+    assert bits == pytest.approx(one["bits_per_byte"], rel=1e-5)
 
 
 # ---- Several machines, and what goes wrong -----------------------------------------------------
