@@ -255,11 +255,21 @@ def test_two_machines_give_the_text_of_one(folder):
     assert outs[1][0] == "" and "tokens/s" not in outs[1][1]
 
 
+@pytest.fixture(scope="module")
+def endless(folder) -> Path:
+    """A model that never says the EOS token."""
+    path = write_checkpoint(folder / "endless", BASE)
+    state = torch.load(path)
+    state["output.weight"][258] = 0
+    torch.save(state, path)
+    return path
+
+
 ENDLESS = ("--max_new_tokens", 90000, "--max_seq_length", 95000, *GREEDY)
 
 
-def test_a_killed_rank_ends_the_others(folder):
-    flags = (ROOT / "generate.py", "--checkpoint_path", folder / "base" / "model.pth", *ENDLESS)
+def test_a_killed_rank_ends_the_others(endless):
+    flags = (ROOT / "generate.py", "--checkpoint_path", endless, *ENDLESS)
     with started(*flags) as process:
         assert process.stdout.read(40)  # it is generating
         os.kill(children(process)[1], signal.SIGKILL)
@@ -269,8 +279,8 @@ def test_a_killed_rank_ends_the_others(folder):
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_hangs_elsewhere_ends_the_others(folder, blow):
-    first, second = nodes("--checkpoint_path", folder / "base" / "model.pth", *ENDLESS)
+def test_a_rank_that_dies_or_hangs_elsewhere_ends_the_others(endless, blow):
+    first, second = nodes("--checkpoint_path", endless, *ENDLESS)
     with first as first, second as second:
         assert first.stdout.read(40)
         (victim,) = children(second)
