@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=(description or "").split("\n")[0], allow_abbrev=False)
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
@@ -67,7 +68,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Run `main` on the parsed command line; exit with 2 on a `UserError`, with 130 on Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
+    rank = int(os.environ.get("RANK", 0))
+    if "LOCAL_RANK" in os.environ:  # under torchrun a handler would wait for the others to go on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    else:  # so that temporary files are removed
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if rank:  # only the first of several processes prints
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout):  # a terminal may know fewer characters than a model
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -75,12 +82,19 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         main(parser.parse_args())
         sys.stdout.flush()
     except UserError as error:
+        if rank:  # if it is everybody's, rank 0 says it and torchrun ends this process meanwhile
+            time.sleep(5)
+            sys.stderr = sys.__stderr__
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:
+        if rank:  # a bug shows its traceback, on whichever rank it is
+            sys.stderr = sys.__stderr__
+        raise
 
 
 def read_json(path: Path) -> dict:

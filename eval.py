@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import tp
 from cli import Parser, UserError, add_model_flags, number, replacing, run
 from generate import PREFILL_CHUNK, Engine, Sampling, default_checkpoint, generate, load
-from model import Transformer, find_device
+from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
 
 try:
@@ -269,6 +270,7 @@ def run_tasks(evaluator: Evaluator, args: Namespace) -> dict:
     options = {"limit": args.limit, "num_fewshot": args.num_fewshot, "log_samples": False}
     try:
         results = lm_eval.simple_evaluate(evaluator, tasks=tasks, task_manager=manager, **options)
+        results = results or {}  # lm-eval keeps them from all ranks of torchrun but one
     except (OSError, ImportError) as error:  # data that cannot be fetched, a package of the task
         reason = " ".join(str(error).split())
         raise UserError(f"lm-eval cannot run {', '.join(tasks)} ({reason})") from None
@@ -334,14 +336,16 @@ def main(args: Namespace) -> None:
         raise UserError(f"--include_path {args.include_path} is no folder; name the one with YAMLs")
     if args.tasks and lm_eval is None:
         raise UserError("--tasks needs the package lm-eval; pip install lm-eval==0.4.13")
-    path, device = args.checkpoint_path or default_checkpoint(), find_device(args.device)
-    model, tokenizer = load(path, device, args.precision)
+    device, shard = tp.start(args.device)
+    path = args.checkpoint_path or tp.in_turn(default_checkpoint)
+    model, tokenizer = load(path, device, args.precision, shard)
     window = args.max_seq_length or model.args.block_size
     if window > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     evaluator = Evaluator(model, tokenizer, args.batch_size, window, args.compile)
     results = run_tasks(evaluator, args) if args.tasks else perplexity(evaluator, args)
-    if args.output_path:
+    tp.finish(shard)
+    if args.output_path and not (shard and shard.rank):
         settings = {"model": str(path), "device": str(device), "precision": args.precision}
         settings |= {"max_seq_length": window, "batch_size": args.batch_size}
         results["config"] = results.get("config", {}) | settings

@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tp
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
 from linear import FEW_ROWS
-from model import Transformer, TransformerBlock, find_device
+from model import Transformer, TransformerBlock
 from prefill_cache import PrefillCache, add_context_flags, make_cache
 from ranges import traced
 from tokenizer import StreamDecoder, Tokenizer
@@ -369,7 +370,7 @@ class Speculator:
                 times.append(time.perf_counter() - began)
             seconds[k] = statistics.median(times[1:])
         one, more = seconds[1], (seconds[self.k] - seconds[1]) / max(self.k - 1, 1)
-        self.costs = [seconds[0], *(one + more * i for i in range(self.k))]
+        self.costs = tp.same(lambda: [seconds[0], *(one + more * i for i in range(self.k))])
 
 
 def speculate(
@@ -405,9 +406,11 @@ def speculate(
 # Prompts in, text and figures out
 
 
-def load(path: Path, device: torch.device, precision: str) -> tuple[Transformer, Tokenizer]:
+def load(
+    path: Path, device: torch.device, precision: str, shard: tp.Shard | None = None
+) -> tuple[Transformer, Tokenizer]:
     """The model in the file `path` and the tokenizer of its folder; `UserError` if they differ."""
-    model = Transformer.from_checkpoint(path, device, getattr(torch, precision))
+    model = Transformer.from_checkpoint(path, device, getattr(torch, precision), shard)
     tokenizer = Tokenizer.from_folder(path.parent)
     if tokenizer.text_size > model.args.vocab_size:
         raise UserError(
@@ -463,7 +466,7 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
     """The prompts that the flags ask for, as token ids."""
     if args.prompts_file:
         try:
-            lines = args.prompts_file.read_text(encoding="utf-8-sig").split("\n")
+            lines = tp.same(lambda: args.prompts_file.read_text(encoding="utf-8-sig")).split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"cannot read --prompts_file {args.prompts_file} ({error}); pass a UTF-8 text file"
@@ -477,7 +480,7 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
         ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
         return [read_context(args, tokenizer) + ids]
     else:
-        texts = [sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt]
+        texts = [tp.same(sys.stdin.read).removesuffix("\n") if args.prompt == "-" else args.prompt]
     return [tokenize(tokenizer, [*opening(args), user(text)], args.chat) for text in texts]
 
 
@@ -503,6 +506,17 @@ def read_context(args: Namespace, tokenizer: Tokenizer) -> list[int]:
 def user(text: str) -> dict:
     """A message of the user's, as chat templates want it."""
     return {"role": "user", "content": text}
+
+
+def read_line() -> str:
+    """What the user types next: /quit at the end of the input, nothing after Ctrl-C."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return "/quit"
+    except KeyboardInterrupt:
+        print()
+        return ""
 
 
 class Session:
@@ -626,13 +640,7 @@ class Session:
         help = "/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer"
         print(help, file=sys.stderr)
         while True:
-            try:
-                text = input("> ").strip()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                text = ""
-                print()
+            text = tp.same(read_line)
             if text == "/quit":
                 return
             if text == "/reset":
@@ -731,10 +739,12 @@ def sampling_flags(args: Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
 
 
-def load_draft(model: Transformer, tokenizer: Tokenizer, args: Namespace) -> Transformer:
+def load_draft(
+    model: Transformer, tokenizer: Tokenizer, args: Namespace, shard: tp.Shard | None
+) -> Transformer:
     """The draft model, with a cache for what the model's holds; `UserError` if it fits ill."""
     device = model.freqs_cis.device
-    draft, other = load(args.draft_checkpoint_path, device, args.precision)
+    draft, other = load(args.draft_checkpoint_path, device, args.precision, shard)
     if other.pieces != tokenizer.pieces:
         i = min(i for i, _ in other.pieces.items() ^ tokenizer.pieces.items())
         meanings = f"{other.pieces.get(i)!r} to the draft, {tokenizer.pieces.get(i)!r} to the model"
@@ -765,11 +775,13 @@ def start_engine(
 
 def main(args: Namespace) -> None:
     check_flags(args)
-    device = find_device(args.device)
     cache = make_cache(args)
-    path = args.checkpoint_path or default_checkpoint()
+    device, shard = tp.start(args.device)
+    if shard and shard.rank:  # rank 0 writes the files
+        args.profile = args.json = None
+    path = args.checkpoint_path or tp.in_turn(default_checkpoint)
     began = time.perf_counter()
-    model, tokenizer = load(path, device, args.precision)
+    model, tokenizer = load(path, device, args.precision, shard)
     synchronize(device)
     load_s = time.perf_counter() - began
 
@@ -793,7 +805,7 @@ def main(args: Namespace) -> None:
         check_prompt(context, model, "context")
     for prompt in prompts:
         check_prompt(prompt, model)
-    draft = load_draft(model, tokenizer, args) if args.draft_checkpoint_path else None
+    draft = load_draft(model, tokenizer, args, shard) if args.draft_checkpoint_path else None
     began = time.perf_counter()
     session = Session(start_engine(model, draft, args), tokenizer, args)
     warm_up_s = time.perf_counter() - began
@@ -806,15 +818,18 @@ def main(args: Namespace) -> None:
             session.converse()
         else:
             session.complete(prompts)
+    communication = shard.cost(model, args.batch_size) if shard else {}
+    tp.finish(shard)
     if args.profile:
         with replacing(args.profile) as temporary:
             profiler.export_chrome_trace(str(temporary))
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
-    settings |= {"precision": args.precision, "compile": args.compile} | context_figures
+    settings |= {"precision": args.precision, "compile": args.compile}
+    settings |= context_figures | communication
     report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
 
 
-def remember(cache: PrefillCache | None, context: list[int], engine: Engine | Speculator) -> dict:
+def remember(cache: PrefillCache | None, context: list[int], engines: list[Engine]) -> dict:
     """Give the engines a cache that holds the context, if there is one; the figures of that."""
     if cache is None:
         return {}

@@ -16,6 +16,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -345,21 +346,30 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+        cls,
+        path: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        shard: Any = None,
     ) -> Transformer:
-        """Build the model in the file `path`, memory-mapped; its shape comes from the folder."""
+        """Build the model in the file `path`, memory-mapped; its shape comes from the folder.
+
+        `shard`, a `tp.Shard`, takes one rank's part of it.
+        """
         state = load_state(path)
         args = ModelArgs.from_folder(path.parent)
         with torch.device("meta"):
             model = cls(args)
+        tied = args.tied and "output.weight" not in state
+        if tied:
+            state["output.weight"] = state.get("tok_embeddings.weight")
+        if shard:
+            model = shard.split(model, state)
         for i in range(args.n_layer):
             prefix = f"layers.{i}.attention."
             parts = [prefix + f"{name}.weight" for name in ("wq", "wk", "wv")]
             if all(part in state and state[part].shape[1:] == (args.dim,) for part in parts):
                 state[prefix + "wqkv.weight"] = torch.cat([state.pop(part) for part in parts])
-        tied = args.tied and "output.weight" not in state
-        if tied:
-            state["output.weight"] = state.get("tok_embeddings.weight")
         linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
         for name in linears:
             found = {
@@ -368,11 +378,13 @@ class Transformer(nn.Module):
             model.set_submodule(name, linear_for(model.get_submodule(name), found))
         check_state(path, state, model.state_dict())
         model.load_state_dict(state, assign=True)
-        if tied:
+        if tied and not shard:
             model.output.weight = model.tok_embeddings.weight  # one tensor, also where it is copied
         model.requires_grad_(False).eval().to(device=device, dtype=dtype)
         for name in linears:
             model.get_submodule(name).prepare()
+        if shard:
+            shard.join(model, tied)
         return model
 
 

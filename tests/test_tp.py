@@ -1,0 +1,362 @@
+"""Tensor parallelism: two processes give what one gives, and end together, come what may."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tp_worker import run_case
+
+import quantize
+import tp
+from cli import UserError
+from conftest import CONFIG, ROOT, write_checkpoint
+from model import ModelArgs, Transformer, load_state
+
+BASE = CONFIG | {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 100000,
+}
+# Everything a family may add: biases of all Linears, norms of q and k, the embedding as output.
+RICH = BASE | {
+    "model_type": "qwen3",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+}
+PAGES = """
+task: tp_pages
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{page}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+MODES = ["int8", "int8-activation", "int4", "hybrid", "int4-gptq"]
+GREEDY = ("--temperature", "0", "--precision", "float32", "--device", "cpu")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+PAIR = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+
+
+def environment(**variables) -> dict:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | variables
+
+
+def launch(*command, stdin="", launcher=PAIR, **variables) -> subprocess.CompletedProcess:
+    with started(*command, launcher=launcher, **variables) as process:
+        out, err = process.communicate(stdin, timeout=300)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def started(*command, launcher=PAIR, **variables) -> Iterator[subprocess.Popen]:
+    """A launcher that is told to end, with its ranks, if the test has not seen it end."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [*launcher, *map(str, command)]
+    process = subprocess.Popen(command, text=True, env=environment(**variables), **pipes)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+def alone(*command, stdin="") -> subprocess.CompletedProcess:
+    return launch(*command, stdin=stdin, launcher=(sys.executable,))
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def write_rich(folder: Path, dtype=torch.float32) -> Path:
+    path = write_checkpoint(folder, RICH, dtype)
+    state = torch.load(path)
+    del state["output.weight"]  # it is the embedding
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Checkpoints of every scheme, with and without what a family may add."""
+    folder = tmp_path_factory.mktemp("tp")
+    text = folder / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    for path in (write_checkpoint(folder / "base", BASE), write_rich(folder / "rich")):
+        for mode in MODES:
+            flags = ["--checkpoint_path", str(path), "--mode", mode, "--device", "cpu"]
+            if mode == "int4-gptq":
+                flags += ["--calibration_file", str(text), "--calibration_seq_length", "64"]
+            quantize.main(quantize.make_parser().parse_args(flags))
+    return folder
+
+
+# ---- Two processes give what one gives ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder) -> list[tuple]:
+    """Every case with its outcome on one process, on rank 0 and on rank 1."""
+    paths = [sorted((folder / name).glob("*.pth")) for name in ("base", "rich")]
+    cases = [(str(path), rows, None) for path in paths[0] + paths[1] for rows in (1, 3)]
+    rich = {path.stem: str(path) for path in paths[1]}
+    plain, gptq = rich["model"], rich.pop("model_int4-gptq.g32")  # which is stored like int4
+    cases += [(path, 3, "block") for path in rich.values()]
+    cases += [(plain, 1, "block"), (gptq, 1, "block"), (plain, 1, "whole")]
+    cases += [(rich["model_int8-activation"], 3, "whole")]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = launch(ROOT / "tests" / "tp_worker.py", folder / "cases.json", folder / "results")
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(folder / f"results.{rank}") for rank in (0, 1)]
+    return [
+        (case, run_case(*case[:2], None), *both) for case, *both in zip(cases, *ranks, strict=True)
+    ]
+
+
+def test_two_processes_give_the_tokens_and_logits_of_one(outcomes):
+    for case, one, first, second in outcomes:
+        assert first["tokens"] == second["tokens"] == one["tokens"], case
+        torch.testing.assert_close(first["logits"], one["logits"], atol=1e-4, rtol=0)
+        assert torch.equal(first["logits"], second["logits"]), case
+
+
+def test_a_rank_holds_half_of_every_matrix(outcomes):
+    for case, one, *ranks in outcomes:
+        matrices = [name for name in one["sizes"] if name.endswith((".weight", "_zeros"))]
+        matrices = [name for name in matrices if name.startswith("layers.") and "norm" not in name]
+        assert len(matrices) >= 8
+        for name in matrices:
+            halves = [rank["sizes"][name] * 2 for rank in ranks]
+            assert halves == [one["sizes"][name]] * 2, (case, name)
+        vocabulary = [rank["sizes"]["output.weight"] for rank in ranks]
+        assert sum(vocabulary) == one["sizes"]["output.weight"]
+        assert max(vocabulary) < 0.54 * sum(vocabulary)  # 160 of 300 tokens
+
+
+def test_a_rank_reads_its_rows_from_the_mapped_file_and_copies_only_columns(folder):
+    """In the file's own precision rows stay where they are mapped; a tied output is a view."""
+    path = write_rich(folder / "bf16", torch.bfloat16)
+    state = load_state(path)
+    shard = object.__new__(tp.Shard)  # rank 1 of 2, without the other
+    shard.device, shard.rank, shard.world, shard.group = torch.device("cpu"), 1, 2, None
+    shard.done = threading.Event()
+    with torch.device("meta"):
+        model = Transformer(ModelArgs.from_folder(path.parent))
+    parts = dict(state)
+    shard.split(model, parts)
+    for name in ("w1", "w3"):
+        key = f"layers.0.feed_forward.{name}.weight"
+        assert parts[key].data_ptr() == state[key][64:].data_ptr()
+        assert torch.equal(parts[key], state[key][64:])
+    key = "layers.1.feed_forward.w2.weight"
+    assert torch.equal(parts[key], state[key][:, 64:]) and parts[key].is_contiguous()
+    assert parts[key].untyped_storage().nbytes() == state[key].nbytes // 2
+    q, k, v = state["layers.0.attention.wqkv.weight"].split([128, 64, 64])
+    expected = torch.cat([q[64:], k[32:], v[32:]])
+    assert torch.equal(parts["layers.0.attention.wqkv.weight"], expected)
+    assert not parts["layers.0.attention.wo.bias"].any()  # rank 0 adds it
+    loaded = Transformer.from_checkpoint(path, "cpu", torch.float32, shard)
+    embedding, output = loaded.tok_embeddings.weight, loaded.output.weight
+    assert output.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()
+    assert torch.equal(output, embedding[160:])
+
+
+# ---- The commands ------------------------------------------------------------------------------
+
+
+def test_generate_prints_once_what_one_process_prints(folder):
+    figures = folder / "figures.json"
+    flags = ("--checkpoint_path", folder / "rich" / "model_int8-activation.pth", *GREEDY)
+    flags = (ROOT / "generate.py", *flags, "--max_new_tokens", 12, "--prompt", "-")
+    done = launch(*flags, "--json", figures, stdin="A text\nof two lines\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone(*flags, stdin="A text\nof two lines\n").stdout
+    assert done.stderr.count("tokens/s, ") == 1 and done.stderr.count("[median of 1") == 1
+    record = json.loads(figures.read_text())
+    # Two layers, two sums each of 128 floats and two maxima of one; 160 logits of the rank's own.
+    assert record["communication_bytes_per_token"] == 4 * (2 * 2 * (128 + 1) + 160)
+    assert 0 < record["communication_ms_per_token"] < 10000
+
+
+def test_a_conversation_is_the_same(folder):
+    flags = (ROOT / "generate.py", "--checkpoint_path", folder / "base" / "model_int4.g32.pth")
+    flags += (*GREEDY, "--interactive", "--max_new_tokens", 8)
+    turns = "Hello\nAnd?\n/reset\nHello\n"
+    done = launch(*flags, stdin=turns)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone(*flags, stdin=turns).stdout and done.stdout.count("> ") >= 4
+
+
+def test_eval_scores_the_same_and_writes_once(folder):
+    """Both of what eval.py measures; a page of a task is scored like a text cut without overlap."""
+    (folder / "data.jsonl").write_text(json.dumps({"page": (folder / "text.txt").read_text()}))
+    (folder / "page.yaml").write_text(PAGES.format(folder / "data.jsonl"))
+    flags = (ROOT / "eval.py", "--checkpoint_path", folder / "rich" / "model.pth", *GREEDY[2:])
+    flags += ("--max_seq_length", 100, "--output_path", folder / "scores.json")
+    text = ("--perplexity", folder / "text.txt", "--stride", 100)
+    task = ("--tasks", "tp_pages", "--include_path", folder)
+    scores = []
+    for kind, launcher in ((text, (sys.executable,)), (text, PAIR), (task, PAIR)):
+        done = launch(*flags, *kind, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("perplexity" if kind == text else "bits_per_byte") == 1
+        scores.append(json.loads((folder / "scores.json").read_text()))
+    one, two, page = scores
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+    assert two["tokens"] == one["tokens"] == 900
+    bits = page["results"]["tp_pages"]["bits_per_byte,none"]
+    assert bits == pytest.approx(one["bits_per_byte"], rel=1e-5)
+
+
+# ---- Several machines, and what goes wrong -----------------------------------------------------
+
+
+def nodes(*command, **variables) -> Iterator[contextlib.AbstractContextManager]:
+    """Two launchers of one process each, as on two machines."""
+    flags = (*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
+    flags += (f"--master_port={free_port()}",)
+    for rank in (0, 1):
+        launcher = (*flags, f"--node_rank={rank}")
+        yield started(ROOT / "generate.py", *command, launcher=launcher, **variables)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def test_two_machines_give_the_text_of_one(folder):
+    flags = ("--checkpoint_path", folder / "base" / "model_hybrid_int8_int4.g32.pth", *GREEDY)
+    flags += ("--max_new_tokens", 12)
+    first, second = nodes(*flags)
+    with first as first, second as second:
+        outs = [process.communicate(timeout=120) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outs
+    assert outs[0][0] == alone(ROOT / "generate.py", *flags).stdout
+    assert outs[1][0] == "" and "tokens/s" not in outs[1][1]
+
+
+@pytest.fixture(scope="module")
+def endless(folder) -> Path:
+    """A model that never says the EOS token."""
+    path = write_checkpoint(folder / "endless", BASE)
+    state = torch.load(path)
+    state["output.weight"][258] = 0
+    torch.save(state, path)
+    return path
+
+
+ENDLESS = ("--max_new_tokens", 90000, "--max_seq_length", 95000, *GREEDY)
+
+
+def test_a_killed_rank_ends_the_others(endless):
+    flags = (ROOT / "generate.py", "--checkpoint_path", endless, *ENDLESS)
+    with started(*flags) as process:
+        assert process.stdout.read(40)  # it is generating
+        os.kill(children(process)[1], signal.SIGKILL)
+        began = time.monotonic()
+        process.communicate(timeout=60)
+        assert process.returncode != 0 and time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_elsewhere_ends_the_others(endless, blow):
+    first, second = nodes("--checkpoint_path", endless, *ENDLESS)
+    with first as first, second as second:
+        assert first.stdout.read(40)
+        (victim,) = children(second)
+        os.kill(victim, blow)
+        began = time.monotonic()
+        try:
+            _, err = first.communicate(timeout=60)
+        finally:
+            if blow == signal.SIGSTOP:
+                os.kill(victim, signal.SIGKILL)
+        assert first.returncode != 0 and time.monotonic() - began < 30
+        assert blow == signal.SIGKILL or "rank 1 is silent" in err
+
+
+def test_a_missing_rank_is_waited_for_only_so_long(folder):
+    flags = (ROOT / "generate.py", "--checkpoint_path", folder / "base" / "model.pth")
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    variables |= {"MASTER_PORT": str(free_port()), "TP_TIMEOUT": "3"}
+    began = time.monotonic()
+    done = launch(*flags, *GREEDY, launcher=(sys.executable,), **variables)
+    assert time.monotonic() - began < 60
+    assert done.returncode == 2 and "2 processes did not find each other in 3 s" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    variables["TP_TIMEOUT"] = "soon"
+    done = launch(*flags, *GREEDY, launcher=(sys.executable,), **variables)
+    assert done.returncode == 2 and "TP_TIMEOUT" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_mistake_is_said_once(folder):
+    path = write_checkpoint(folder / "odd", CONFIG | {"num_key_value_heads": 3})
+    done = launch(ROOT / "generate.py", "--checkpoint_path", path, *GREEDY)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    reason = "2 processes cannot share the 3 KV heads of this model evenly; possible are 1, 3"
+    assert done.returncode != 0 and done.stdout == "" and lines == [f"error: {reason}"]
+    assert "exitcode  : 2" in done.stderr and 'generate.py", line' not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes, groups, world, sentence",
+    [
+        (
+            {},
+            None,
+            3,
+            "3 processes cannot share the 2 KV heads of this model evenly; possible are 1, 2",
+        ),
+        (
+            {"num_key_value_heads": 6},
+            None,
+            4,
+            "the 6 KV heads of this model evenly; possible are 1, 2, 3, 6",
+        ),
+        (
+            {"intermediate_size": 97},
+            None,
+            2,
+            "the 97 columns of w2 of this model evenly; possible are 1",
+        ),
+        (
+            {},
+            3,
+            2,
+            "the 3 int4 groups of layers.0.feed_forward.w2 of this model evenly; possible are 1",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_and_fitting_ones_named(
+    changes, groups, world, sentence
+):
+    args = ModelArgs.from_config(CONFIG | changes)
+    state = {"layers.0.feed_forward.w2.scales_and_zeros": torch.zeros(groups or 1, 4, 2)}
+    with pytest.raises(UserError, match=re.escape(sentence) + "$"):
+        tp.check_sizes(args, state if groups else {}, world)
+
+
+def test_what_fits_is_accepted():
+    args = ModelArgs.from_config(CONFIG)
+    state = {"layers.0.feed_forward.w2.scales_and_zeros": torch.zeros(4, 4, 2)}
+    assert [tp.check_sizes(args, state, world) for world in (1, 2)] == [None, None]

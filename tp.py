@@ -1,0 +1,274 @@
+"""Tensor parallelism: one model on several processes, each with its part of every matrix.
+
+    torchrun --standalone --nproc_per_node=2 generate.py --compile --checkpoint_path …/model.pth
+
+The cut is Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053): a rank makes some of the heads, of
+the hidden units and of the logits (rows of `wqkv`, `w1`, `w3` and `output`), and multiplies them by
+its columns of `wo` and `w2`. So a layer needs two sums over the ranks and a step one gathering of
+logits. NCCL carries them on CUDA and ROCm, gloo on CPUs. Every rank then draws the same token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import sys
+import threading
+import time
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cli import UserError, number
+from linear import Int8ActivationLinear, Linear
+from model import ModelArgs, Transformer, find_device
+
+ops = torch.ops._c10d_functional  # unlike dist.all_reduce, torch.compile sees through them
+
+BY_ROWS = ("wq", "wk", "wv", "wqkv", "w1", "w3", "output")
+BY_COLUMNS = ("wo", "w2")
+BEAT, SILENCE = 2, 20  # seconds between signs of life, and without one until a rank counts as dead
+FOREVER = datetime.timedelta(days=20)  # in which a user types a line
+
+# ------------------------------------------------------------------------------------------------
+# The ranks: beginning and end, and what one knows and all need
+
+
+def start(name: str | None) -> tuple[torch.device, Shard | None]:
+    """The device of this process and, if torchrun started several, its share of the model.
+
+    `name` is that of `--device`. Raises `UserError` if the others do not come within TP_TIMEOUT.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return find_device(name), None
+    name = name or os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ":" in name:
+        raise UserError(
+            f"each process takes a device of its own; pass --device {name.split(':')[0]}"
+        )
+    device = find_device(name if name == "cpu" else f"{name}:{os.environ.get('LOCAL_RANK', 0)}")
+    options: dict = {"timeout": datetime.timedelta(seconds=timeout())}
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+        options["device_id"] = device
+    try:
+        dist.init_process_group(dist.get_default_backend_for_device(device), **options)
+        shard = Shard(device)
+        threading.Thread(target=watch, args=(shard, store()), daemon=True).start()
+        return device, shard
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the {world} processes did not find each other in {timeout():g} s "
+            f"({str(error).splitlines()[0]}); were all started, with the same addresses?"
+        ) from None
+
+
+def finish(shard: Shard | None) -> None:
+    """Leave together, so that nobody is missed."""
+    if shard:
+        dist.barrier()
+        shard.done.set()
+        dist.destroy_process_group()
+
+
+def timeout() -> float:
+    """Seconds that ranks wait for each other: minutes, as a cold disk or compiler may delay one."""
+    try:
+        return number(float, 1, 1e6)(os.environ.get("TP_TIMEOUT", "600"))
+    except ArgumentTypeError as error:
+        raise UserError(f"the variable TP_TIMEOUT: {error}") from None
+
+
+def store() -> dist.Store:
+    """A connection of its own to the key-value store of this run, which torchrun or rank 0 keeps.
+
+    One connection serves one thread, and waits without holding up the collectives'.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    tcp = dist.TCPStore(address, port, timeout=datetime.timedelta(seconds=SILENCE))
+    return dist.PrefixStore(f"tp/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", tcp)
+
+
+def watch(shard: Shard, beats: dist.Store) -> None:
+    """End this process when another rank falls silent: a collective would wait for it in vain.
+
+    torchrun ends what it has started itself when a rank dies. This is for ranks on other machines,
+    for those that hang, and for NCCL, which may spin where gloo sees a closed connection.
+    """
+    counts, missed = [0] * shard.world, [0] * shard.world
+    while not shard.done.wait(BEAT):
+        for rank in range(shard.world):
+            try:
+                count = beats.add(f"alive/{rank}", int(rank == shard.rank))
+            except RuntimeError:  # the store is gone, and with it rank 0's machine
+                count = 0
+            missed[rank] = 0 if count > counts[rank] else missed[rank] + 1
+            counts[rank] = count
+            if missed[rank] * BEAT >= SILENCE and not shard.done.is_set():
+                print(f"error: rank {rank} is silent for {SILENCE} s", file=sys.__stderr__)
+                os._exit(1)
+
+
+def same(make: Callable):
+    """What `make()` returns on rank 0, on every rank: text that was typed, a time measured, …
+
+    It has to be a JSON value. Unlike a collective, waiting for it has no end, as a user has time.
+    """
+    if not dist.is_initialized():
+        return make()
+    shared, rank = store(), dist.get_rank()
+    shared.set_timeout(FOREVER)
+    key = f"same/{shared.add(f'count/{rank}', 1)}"
+    if rank == 0:
+        shared.set(key, json.dumps(make()))
+    return json.loads(shared.get(key))
+
+
+def in_turn(make: Callable):
+    """`make()`, called by one rank after the other: the first works, the rest finds it done."""
+    if not dist.is_initialized():
+        return make()
+    for rank in range(dist.get_world_size()):
+        if rank == dist.get_rank():
+            value = make()
+        dist.barrier()
+    return value
+
+
+# ------------------------------------------------------------------------------------------------
+# The share of one rank
+
+
+def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int) -> None:
+    """Raise a `UserError` that says what fits, unless the model can be cut into `world` parts."""
+    counts = {"KV heads": args.n_local_heads, "heads": args.n_head}
+    counts["columns of w2"] = args.intermediate_size
+    for key, tensor in state.items():
+        if key.endswith(tuple(f".{name}.scales_and_zeros" for name in BY_COLUMNS)):
+            counts[f"int4 groups of {key.removesuffix('.scales_and_zeros')}"] = len(tensor)
+    fitting = [n for n in range(1, args.n_local_heads + 1) if not math.gcd(*counts.values()) % n]
+    for what, count in counts.items():
+        if count % world:
+            raise UserError(
+                f"{world} processes cannot share the {count} {what} of this model evenly; "
+                f"possible are {', '.join(map(str, fitting))}"
+            )
+
+
+class Shard:
+    """What one rank holds of a model: `split` cuts before loading, `join` connects after it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.rank, self.world = device, dist.get_rank(), dist.get_world_size()
+        self.group, self.done = dist.group.WORLD.group_name, threading.Event()
+
+    def split(self, model: Transformer, state: dict[str, Tensor]) -> Transformer:
+        """The rank's part of a model on the meta device; `state` becomes its tensors.
+
+        Heads and hidden units are fewer, so the model's args are the rank's own. The embedding is
+        looked up, not multiplied, and stays whole.
+        """
+        args = model.args
+        check_sizes(args, state, self.world)
+        names = ("n_head", "n_local_heads", "intermediate_size")
+        local = {name: getattr(args, name) // self.world for name in names}
+        with torch.device("meta"):
+            model = Transformer(dataclasses.replace(args, **local))
+            model.output = Linear(args.dim, len(self.vocabulary(args.vocab_size)))
+        heads = model.layers[0].attention.heads
+        for key, tensor in state.items():
+            state[key] = self.cut(key, tensor, heads)
+        return model
+
+    def share(self, size: int) -> int:
+        """Logits of `size` that a rank makes: whole sixteens, as kernels want them."""
+        return -(-size // (16 * self.world)) * 16
+
+    def vocabulary(self, size: int) -> range:
+        """Which logits this rank makes; the last rank may have fewer than the others."""
+        share = self.share(size)
+        return range(size)[self.rank * share : (self.rank + 1) * share]
+
+    def cut(self, key: str, tensor: Tensor, heads: tuple[int, int, int]) -> Tensor:
+        """The rank's part of a stored tensor: a view of the mapped file where it can be one.
+
+        A tensor without the dimensions it should have stays whole; `check_state` will name it.
+        """
+        name, _, kind = key.rpartition(".")
+        layer = name.rpartition(".")[2]
+        if layer in BY_ROWS:
+            dim = int(kind == "scales_and_zeros")
+        elif layer in BY_COLUMNS and kind in ("weight", "scales_and_zeros"):
+            dim = int(kind == "weight")
+        else:  # a bias is added to one rank's products only
+            once = layer in BY_COLUMNS and kind == "bias" and self.rank > 0
+            return torch.zeros_like(tensor) if once else tensor
+        if tensor is None or tensor.dim() <= dim:
+            return tensor
+        size = tensor.shape[dim]
+        if layer == "output":
+            rows = self.vocabulary(size)
+            return tensor.narrow(dim, rows.start, len(rows))
+        parts = heads if layer == "wqkv" else (1,)  # q, k and v are cut each for itself
+        if size % (sum(parts) * self.world):
+            return tensor
+        parts = tensor.split([size * part // sum(parts) for part in parts], dim)
+        parts = [part.chunk(self.world, dim)[self.rank] for part in parts]
+        whole = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+        return whole.to(self.device).contiguous()
+
+    def join(self, model: Transformer, tied: bool) -> None:
+        """Add the collectives to a loaded model, as hooks of its layers."""
+        size = model.args.vocab_size
+        if tied:  # the rows of the embedding, not a second copy of them
+            rows = self.vocabulary(size)
+            part = model.tok_embeddings.weight[rows.start : rows.stop]
+            model.output.weight = nn.Parameter(part, requires_grad=False)
+        for linear in by_columns(model):
+            linear.register_forward_hook(lambda _module, _x, y: self.reduce(y, "sum"))
+            if isinstance(linear, Int8ActivationLinear):
+                linear.peak.register_forward_hook(lambda _module, _x, y: self.reduce(y, "max"))
+        model.output.register_forward_hook(lambda _module, _x, y: self.gather(y, size))
+
+    def reduce(self, x: Tensor, operation: str) -> Tensor:
+        """The sum or the maximum of all ranks' x."""
+        return ops.wait_tensor(ops.all_reduce(x, operation, self.group))
+
+    def gather(self, x: Tensor, size: int) -> Tensor:
+        """All logits `[B, T, size]` of each rank's `[B, T, part]`."""
+        x = F.pad(x, (0, self.share(size) - x.shape[-1])).contiguous()
+        x = ops.wait_tensor(ops.all_gather_into_tensor(x, self.world, self.group))
+        return x.unflatten(0, (self.world, -1)).movedim(0, 2).flatten(2)[..., :size]
+
+    def cost(self, model: Transformer, rows: int) -> dict[str, float]:
+        """What a decoding step of `rows` rows puts into its collectives, and their time alone."""
+        like, size = model.norm.weight, model.args.vocab_size
+        calls = [(self.gather, like.new_zeros(rows, 1, len(self.vocabulary(size))), size)]
+        for linear in by_columns(model):
+            calls.append((self.reduce, like.new_zeros(rows, 1, linear.out_features), "sum"))
+            if isinstance(linear, Int8ActivationLinear):
+                calls.append((self.reduce, torch.zeros(rows, 1, device=self.device), "max"))
+        for step in range(11):
+            if step == 1:  # the first is to warm up
+                began = time.perf_counter()
+            for function, x, option in calls:
+                function(x, option)
+            self.reduce(like.new_zeros(1), "sum").item()  # waits for the device
+        return {
+            "communication_bytes_per_token": sum(x.nbytes for _, x, _ in calls),
+            "communication_ms_per_token": (time.perf_counter() - began) * 100,
+        }
+
+
+def by_columns(model: Transformer) -> list[Linear]:
+    """The Linears whose products are summed over the ranks."""
+    pairs = [(layer.attention.wo, layer.feed_forward.w2) for layer in model.layers]
+    return [linear for pair in pairs for linear in pair]
