@@ -206,6 +206,29 @@ def test_a_conversation_is_the_same(folder):
     assert done.stdout == alone(*flags, stdin=turns).stdout and done.stdout.count("> ") >= 4
 
 
+@pytest.mark.parametrize("draft", ["model_int4.g32", "lookup"])
+def test_speculation_and_the_prefill_cache_work_with_both_models_shared(folder, tmp_path, draft):
+    flags = ["--checkpoint_path", folder / "base" / "model.pth", "--max_new_tokens", 24, *GREEDY]
+    flags += ["--prompt", " ab ab ab ab", "--prefill_context", "ab ab cd " * 9]
+    expected = alone(ROOT / "generate.py", *flags)
+    assert expected.returncode == 0, expected.stderr
+    file, cache = tmp_path / "figures.json", tmp_path / "cache"
+    flags += ["--prefill_cache", cache, "--json", file, "--speculate_k", 3, "--fixed_k"]
+    flags += ["--num_samples", 2]
+    more = ["--prompt_lookup"]
+    if draft != "lookup":
+        more = ["--draft_checkpoint_path", folder / "base" / f"{draft}.pth", "--compile"]
+    shared = launch(ROOT / "generate.py", *flags, *more)
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout == expected.stdout * 2
+    figures = json.loads(file.read_text())
+    models = 1 if draft == "lookup" else 2
+    assert figures["context_prefilled_tokens"] == models * figures["context_tokens"]
+    assert len(list(cache.iterdir())) == 2 * models  # each rank keeps its own part of each model
+    assert sum(figures["samples"][0]["accepted"][1:]) > 0
+    assert figures["communication_bytes_per_token"] > 0
+
+
 def test_eval_scores_the_same_and_writes_once(folder):
     """Both of what eval.py measures; a page of a task is scored like a text cut without overlap."""
     (folder / "data.jsonl").write_text(json.dumps({"page": (folder / "text.txt").read_text()}))
