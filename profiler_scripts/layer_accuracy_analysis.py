@@ -17,12 +17,14 @@ default limit some minutes on two cores. An lm-eval task runs in full for each o
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import math
+import random
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -396,23 +398,37 @@ def built_in_hybrid(names: list[str]) -> set[str]:
     return {n for n in names if any(fnmatchcase(n, pattern) for pattern in INT8_IN_HYBRID)}
 
 
-def confirm(variants: Variants, losses: Losses, chosen: set[str], hybrid: set[str]) -> list[dict]:
-    """A row for each whole model that the choice is to be compared with, on both parts."""
+def random_choices(rows: list[dict], room: float, count: int) -> list[set[str]]:
+    """So many choices of Linears, whatever they save, that fill `room` bytes like `choose` does."""
+    shuffle, choices = random.Random(0).sample, []
+    for _ in range(count):
+        order = [row | {"saved": 1.0} for row in shuffle(rows, len(rows))]
+        choices.append(choose(order, room))
+    return choices
+
+
+def confirm(variants: Variants, losses: Losses, choices: dict[str, list[set[str]]]) -> list[dict]:
+    """A row for each whole model that the choice is to be compared with, on both parts.
+
+    `choices` are sets of Linears in int8, the others in int4. Several of one title make one row of
+    means, whose error is that among the sets.
+    """
     names = [*variants.modules["int4"]]
-    models = {
-        "bf16": dict.fromkeys(names, "bf16"),
-        "all int8": dict.fromkeys(names, "int8"),
-        "built-in hybrid": {name: "int8" if name in hybrid else "int4" for name in names},
-        "chosen": {name: "int8" if name in chosen else "int4" for name in names},
-        "all int4": dict.fromkeys(names, "int4"),
-    }
     rows = []
-    for title, schemes in tqdm(models.items(), "confirming", unit="model"):
-        variants.use(schemes)
-        row = {"row": "model", "name": title, "bits": variants.bits(schemes)}
+    for title, sets in tqdm(choices.items(), "confirming", unit="model"):
+        row, found = {"row": "model", "name": title}, collections.defaultdict(list)
+        for int8 in sets:
+            schemes = {name: "int8" if name in int8 else "int4" for name in names}
+            schemes = dict.fromkeys(names, "bf16") if title == "bf16" else schemes
+            variants.use(schemes)
+            found["bits"].append(variants.bits(schemes))
+            for part in ("ranking", "held back"):
+                found[part].append(losses(part, 0))
+        row["bits"] = sum(found["bits"]) / len(sets)
         for part in ("ranking", "held back"):
+            numbers = found[part][0] if len(sets) == 1 else torch.stack(found[part]).mean(1)
             key = part.replace(" ", "_")
-            row[f"{key}_loss"], row[f"{key}_error"] = mean_and_error(losses(part, 0))
+            row[f"{key}_loss"], row[f"{key}_error"] = mean_and_error(numbers)
         rows.append(row)
     return rows
 
@@ -531,6 +547,8 @@ def make_parser() -> Parser:
     budget = "bits a weight of all Linears (default: those of quantize.py's hybrid)"
     add("--budget", type=number(float, 0, 16), metavar="BITS", help=budget)
     add("--layers_file", type=output_file, metavar="OUT", help="write the int8 layers, one a line")
+    about = "chance choices of as many bytes to compare with (default: 10)"
+    add("--random_choices", type=number(int, 2), default=10, metavar="N", help=about)
     add("--device", help="cpu, cuda, cuda:1, … (default: $DEVICE, else cuda if there is one)")
     return parser
 
@@ -574,7 +592,11 @@ def main(args: Namespace) -> None:
     chosen = choose(layers, room)
     for row in layers:
         row["scheme"] = "int8" if row["name"] in chosen else "int4"
-    models = confirm(variants, losses, chosen, hybrid)
+    choices = {"bf16": [set()], "all int8": [{*variants.modules["int8"]}]}
+    choices |= {"built-in hybrid": [hybrid], "chosen": [chosen]}
+    some = random_choices(layers, room, args.random_choices)
+    choices[f"{len(some)} random choices, mean"] = some
+    models = confirm(variants, losses, choices | {"all int4": [set()]})
     written = write_all(args, layers, models, sizes)
     state_file(args.report_file).unlink(missing_ok=True)
     print(models_table(models, args.metric), end="")

@@ -390,6 +390,8 @@ def test_a_sensitive_layer_ranks_first_and_is_confirmed(analysis):
     assert loss["chosen"] < loss["built-in hybrid"]  # of no fewer bytes
     bits = {row["name"]: float(row["bits"]) for row in rows if row["row"] == "model"}
     assert bits["chosen"] <= bits["built-in hybrid"] and bits["bf16"] == 16
+    assert loss["chosen"] < loss["10 random choices, mean"] < loss["all int4"]
+    assert bits["all int4"] < bits["10 random choices, mean"] <= bits["built-in hybrid"]
     assert analysis.with_suffix(".png").read_bytes().startswith(PNG)
     assert not [*analysis.parent.glob("*.state.json")]
 
