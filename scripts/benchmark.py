@@ -357,7 +357,8 @@ def measure(group: dict, prompt: list[int], args: Namespace, timings: dict) -> N
     """Let the candidates take turns, `--runs` times after a warm-up, and keep the timings."""
     device, depths = args.device, args.depth
     for repetition in range(-1, args.runs):
-        print(f"repetition {repetition + 1} of {args.runs}", file=sys.stderr)
+        what = f"run {repetition + 1} of {args.runs}" if repetition >= 0 else "warm-up"
+        print(what, file=sys.stderr)
         if repetition == 0:  # all before was warm-up
             for name in group:
                 timings.pop(name)
@@ -384,15 +385,19 @@ def byte_row(name: str, model, depth: int, gen: int) -> dict:
     return row | {"disturbed": False}
 
 
+def speculation_flags(args: Namespace) -> tuple[Namespace, Tokenizer]:
+    """The flags of generate.py that --draft stands for, and the checkpoint's tokenizer."""
+    flags = Namespace(**vars(args) | vars(GREEDY), precision="bfloat16", batch_size=1)
+    flags.draft_checkpoint_path = None if args.draft == "lookup" else Path(args.draft)
+    flags.speculating, flags.speculate_k, flags.fixed_k = True, 5, False
+    return flags, load(args.checkpoint_path, torch.device("meta"), "bfloat16")[1]
+
+
 def speculation(model: Transformer, name: str, args: Namespace) -> dict:
     """Decoding of a text with and without --draft, in turns."""
     model.setup_caches(1, min(model.args.block_size, args.gen + 64))  # what was there is noise
-    path = None if args.draft == "lookup" else Path(args.draft)
-    flags = Namespace(**vars(args) | vars(GREEDY))
-    flags.draft_checkpoint_path, flags.precision, flags.batch_size = path, "bfloat16", 1
-    flags.speculating, flags.speculate_k, flags.fixed_k = True, 5, False
-    _, tokenizer = load(args.checkpoint_path, torch.device("meta"), "bfloat16")
-    draft = load_draft(model, tokenizer, flags) if path else None
+    flags, tokenizer = speculation_flags(args)
+    draft = load_draft(model, tokenizer, flags) if flags.draft_checkpoint_path else None
     speculator = start_engine(model, draft, flags)
     prompt, counts, histogram = tokenizer.encode(STORY), {}, [0] * (speculator.k + 1)
     timings = {"with": Timing(), "without": Timing()}
@@ -424,7 +429,7 @@ def speculation(model: Transformer, name: str, args: Namespace) -> dict:
 def peak_bytes(device: torch.device) -> int:
     """The most memory in use so far: the allocator's on CUDA, else this process's."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, IndexError):  # ru_maxrss would begin at the parent's
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
@@ -723,6 +728,12 @@ def main(args: Namespace) -> None:
     check_peers(cases, args)
     device = args.device = find_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
+    for case in cases[:1] if args.draft else []:  # known before hours of work are spent
+        model = skeleton(case)
+        model.setup_caches(1, 1)
+        flags, tokenizer = speculation_flags(args)
+        if flags.draft_checkpoint_path:
+            load_draft(model, tokenizer, flags)
     before, disturbed = probe(device)
     rows = []
     for case in cases:

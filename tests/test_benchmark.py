@@ -134,6 +134,23 @@ def test_without_memory_for_all_each_is_measured_alone(run, monkeypatch):
     assert not found["together"] and "did not fit into memory at once" in out
 
 
+def test_what_is_timed_are_as_many_steps_as_asked_for(run, monkeypatch):
+    """At the end of the context, too, behind which the cache goes on."""
+    places, real = [], benchmark.Engine.step
+
+    def step(self, idx, input_pos, kv_len, last=None):
+        if idx.shape[1] == 1 and input_pos.max() > 0:
+            places.append(input_pos.item())
+        return real(self, idx, input_pos, kv_len, last)
+
+    monkeypatch.setattr(benchmark.Engine, "step", step)
+    flags = ["--model", "tiny", "--schemes", "bf16", "--depth", "50,128", "--prompt", "20"]
+    code, _, err, _ = run(*flags, "--gen", "6", "--runs", "1", "--no-cold")
+    assert code == 0, err
+    turn = [*range(50, 57), *range(128, 135), 50, 50, 50]  # the last three are verifications
+    assert places == 2 * turn  # a warm-up and a run
+
+
 # ---- Models ------------------------------------------------------------------------------------
 
 CLASSES = dict(zip(SCHEMES, (Linear, Int8Linear, Int8ActivationLinear, Int4Linear), strict=True))
@@ -286,7 +303,7 @@ clock = itertools.count()
 # ---- Starts ------------------------------------------------------------------------------------
 
 
-def test_starts_are_timed_in_new_processes_that_share_a_cache(run, monkeypatch, tmp_path):
+def test_starts_are_timed_in_new_processes_that_share_a_cache(monkeypatch, tmp_path):
     folders, real = [], subprocess.run
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
@@ -298,16 +315,25 @@ def test_starts_are_timed_in_new_processes_that_share_a_cache(run, monkeypatch, 
         return done
 
     monkeypatch.setattr(benchmark.subprocess, "run", recorded)
-    flags = ["--model", "tiny", "--schemes", "int8", "--compile", *SHORT[:-1], "--runs", "1"]
-    code, out, err, found = run(*flags)
-    assert code == 0, err
-    (row,) = found["start"]
+    args = Namespace(device=CPU, prompt=20, compile="block", compile_prefill=False)
+    row = benchmark.start_twice(case("int8"), args, 64)
     assert row["cold_s"] > row["second_s"] > 0 and row["load_s"] > 0
     assert 100 < row["peak_memory_mb"] < 5000
     (cold, second) = folders
-    assert cold[0] == second[0] and cold[1] == 0 and 0 < cold[2] <= second[2]
-    assert not cold[0].exists() and {path.name for path in tmp_path.iterdir()} <= {"found.json"}
-    assert "| start | load s | cold s | second process s | peak memory MB |" in out
+    assert cold[0] == second[0] and cold[1] == 0 and 0 < cold[2] <= second[1]
+    assert not [*tmp_path.iterdir()]  # the cache is gone
+    assert "| start | load s | cold s | second process s | peak memory MB |" in benchmark.table(
+        "start", [row]
+    )
+
+
+def test_starts_stand_in_the_report_unless_they_are_left_out(run, monkeypatch):
+    row = {"load_s": 1.0, "cold_s": 9.0, "second_s": 2.0, "peak_memory_mb": 300}
+    row["disturbed"] = False
+    monkeypatch.setattr(benchmark, "start_twice", lambda case, *_: row | {"scheme": case.scheme})
+    code, out, err, found = run("--model", "tiny", "--schemes", "bf16,int4", *SHORT[:-1])
+    assert code == 0 and "| int4 | 1.00 | 9.00 | 2.00 | 300 |" in out, err
+    assert [row["scheme"] for row in found["start"]] == ["bf16", "int4"]
 
 
 # ---- Peers -------------------------------------------------------------------------------------
@@ -412,6 +438,22 @@ def test_mistakes_are_one_line(run, monkeypatch, flags, words):
     assert err.startswith("error: ") and err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+def test_a_draft_that_fits_ill_is_refused_at_once(run, checkpoint, tmp_path):
+    flags = ["--checkpoint_path", checkpoint, *SHORT]
+    code, out, err, _ = run(*flags, "--draft", tmp_path / "model.pth")
+    assert code == 2 and out == "" and "there is no checkpoint" in err
+    other = write_checkpoint(tmp_path / "other", SHAPE, torch.bfloat16)
+    file = other.with_name("tokenizer.json")
+    words = json.loads(file.read_text())
+    words["model"]["vocab"] |= {
+        "a": words["model"]["vocab"]["b"],
+        "b": words["model"]["vocab"]["a"],
+    }
+    file.write_text(json.dumps(words))
+    code, out, err, _ = run(*flags, "--draft", other)
+    assert code == 2 and out == "" and "the model's vocabulary" in err
 
 
 def test_a_quantized_checkpoint_refuses_schemes(run, quantized):
