@@ -18,8 +18,9 @@ from conftest import CONFIG, write_checkpoint
 from linear import Int4Linear, Int8ActivationLinear, Int8Linear, Linear
 from model import PRESETS, ModelArgs, Transformer
 from quantize import quantize
-from scripts import benchmark, convert_gguf, peers
-from scripts.benchmark import Case, Timing, make
+from scripts import benchmark, candidates, convert_gguf
+from scripts.benchmark import Timing
+from scripts.candidates import Case, make
 
 CPU = torch.device("cpu")
 TINY = ModelArgs(64, 2, 4, 2, 128, 300, 128)
@@ -101,7 +102,7 @@ def test_bytes_per_token_are_those_of_the_model(scheme, shape):
     model = make(case(scheme, shape), CPU, 128)
     row = benchmark.byte_row(scheme, model, depth=70, gen=4)  # of 128 positions, 128 are looked at
     assert row["bytes_per_token"] == model.bytes_per_step(128) == step_bytes(shape, scheme, 128)
-    empty = benchmark.skeleton(case(scheme, shape))
+    empty = candidates.skeleton(case(scheme, shape))
     empty.setup_caches(1, 128)
     assert benchmark.byte_row(scheme, empty, depth=70, gen=4) == row
 
@@ -136,14 +137,14 @@ def test_without_memory_for_all_each_is_measured_alone(run, monkeypatch):
 
 def test_what_is_timed_are_as_many_steps_as_asked_for(run, monkeypatch):
     """At the end of the context, too, behind which the cache goes on."""
-    places, real = [], benchmark.Engine.step
+    places, real = [], candidates.Engine.step
 
     def step(self, idx, input_pos, kv_len, last=None):
         if idx.shape[1] == 1 and input_pos.max() > 0:
             places.append(input_pos.item())
         return real(self, idx, input_pos, kv_len, last)
 
-    monkeypatch.setattr(benchmark.Engine, "step", step)
+    monkeypatch.setattr(candidates.Engine, "step", step)
     flags = ["--model", "tiny", "--schemes", "bf16", "--depth", "50,128", "--prompt", "20"]
     code, _, err, _ = run(*flags, "--gen", "6", "--runs", "1", "--no-cold")
     assert code == 0, err
@@ -160,7 +161,7 @@ CLASSES = dict(zip(SCHEMES, (Linear, Int8Linear, Int8ActivationLinear, Int4Linea
 def test_random_weights_are_stored_as_the_scheme_says(scheme):
     model = make(case(scheme), CPU, 128)
     dtype = {"bf16": torch.bfloat16, "int4": torch.uint8}.get(scheme, torch.int8)
-    for linear in benchmark.linears(model).values():
+    for linear in candidates.linears(model).values():
         assert type(linear) is CLASSES[scheme] and linear.weight.dtype == dtype
         spread = linear.dequantize().float().std() * linear.in_features**0.5
         assert 0.8 < spread < 1.2
@@ -171,7 +172,7 @@ def test_random_weights_are_stored_as_the_scheme_says(scheme):
 
 def test_large_random_tensors_have_no_equal_rows():
     tensor = torch.empty(4096, 512, dtype=torch.uint8)
-    benchmark.noise(tensor, lambda x: x.random_(256))
+    candidates.noise(tensor, lambda x: x.random_(256))
     assert tensor.unique(dim=0).shape == tensor.shape
 
 
@@ -351,7 +352,7 @@ def our_tokens() -> list[int]:
 
 
 def test_transformers_runs_the_same_model():
-    peer = peers.HuggingFace(make(case("bf16"), CPU, 1), CPU)
+    peer = candidates.HuggingFace(make(case("bf16"), CPU, 1), CPU)
     peer.model.float()  # in bf16 near ties may fall either way
     assert tokens_of(peer) == our_tokens()
     assert len(set(our_tokens())) > 3
@@ -366,11 +367,11 @@ def test_transformers_is_measured_in_the_same_run(run):
     assert len(found["prefill"]) == 2 and "transformers" in found["versions"]
 
 
-@pytest.mark.parametrize("scheme", peers.GGUF_TYPES)
+@pytest.mark.parametrize("scheme", candidates.GGUF_TYPES)
 @pytest.mark.parametrize("shape", [TINY, TIED], ids=["untied", "tied"])
 def test_the_gguf_file_holds_the_same_weights(scheme, shape, tmp_path):
     model = make(case(scheme, shape), CPU, 1)
-    read = peers.write_gguf(tmp_path / "m.gguf", model, peers.GGUF_TYPES[scheme])
+    read = candidates.write_gguf(tmp_path / "m.gguf", model, candidates.GGUF_TYPES[scheme])
     reader, meta = convert_gguf.open_gguf(tmp_path / "m.gguf")
     config = convert_gguf.build_config(meta, reader, torch.bfloat16) | {"model_type": "llama"}
     assert ModelArgs.from_config(config) == TINY  # the output matrix is a tensor of its own
@@ -395,7 +396,7 @@ def test_the_gguf_file_holds_the_same_weights(scheme, shape, tmp_path):
 
 def test_llama_cpp_runs_the_same_model(run):
     pytest.importorskip("llama_cpp")
-    peer = peers.LlamaCpp(make(case("bf16"), CPU, 1), "BF16", CPU, 64)
+    peer = candidates.LlamaCpp(make(case("bf16"), CPU, 1), "BF16", CPU, 64)
     assert tokens_of(peer)[:2] == our_tokens()[:2]
     peer.hold(40)
     state = peer.forward([3, 4], 40)

@@ -1,7 +1,7 @@
-"""Other programs that benchmark.py can measure in the same run, on the same weights.
+"""What benchmark.py measures: models of every scheme, and other programs on the same weights.
 
-Each candidate decodes greedily (`tokens`) and runs a few tokens at once (`forward`), like
-`benchmark.Ours`. Of rope scaling, which costs nothing, nothing is told to them.
+Each candidate decodes greedily (`tokens`) and runs a few tokens at once (`forward`), on a cache in
+which `hold` fills the first positions.
 """
 
 from __future__ import annotations
@@ -10,24 +10,165 @@ import ctypes
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import UserError
-from linear import Linear
+from generate import Engine, Sampling, generate
+from linear import FEW_ROWS, Linear, linear_for
 from model import ModelArgs, Transformer
+from quantize import check_groups, quantize
 from scripts.convert_gguf import GGUF_NAMES
 from scripts.convert_hf_checkpoint import HF_NAMES, parts
 
+MARKERS = {"bf16": "", "int8": "scales", "int8-activation": "scales_a8", "int4": "scales_and_zeros"}
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+GREEDY = Sampling(temperature=0)
+
+# ------------------------------------------------------------------------------------------------
+# Models of every scheme
+
+
+@dataclasses.dataclass
+class Case:
+    """A model to measure, in words that another process understands.
+
+    Without `checkpoint` the weights are random; scheme "as stored" takes the file's own.
+    """
+
+    scheme: str
+    shape: dict  # of ModelArgs
+    groupsize: int
+    checkpoint: str | None
+
+    @property
+    def made(self) -> bool:
+        """Whether its weights are made here, not read as they are."""
+        return self.checkpoint is None or self.scheme not in ("bf16", "as stored")
+
+
+def linears(model: Transformer) -> dict[str, Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def skeleton(case: Case) -> Transformer:
+    """The model without values, on the meta device; `UserError` if groups do not fit."""
+    if not case.made:
+        return Transformer.from_checkpoint(Path(case.checkpoint), "meta")
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**case.shape))
+    layers = linears(model)
+    check_groups(layers, dict.fromkeys(layers, case.scheme), case.groupsize)
+    for name, linear in layers.items():
+        groups = torch.empty(linear.in_features // case.groupsize, 0)
+        model.set_submodule(name, linear_for(linear, {MARKERS[case.scheme]: groups}))
+    if model.args.tied and case.scheme == "bf16":
+        model.output.weight = model.tok_embeddings.weight
+    return model.requires_grad_(False).eval().bfloat16()
+
+
+def noise(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Fill a tensor by repeating a million random values: more would not change its speed."""
+    flat = tensor.view(-1)
+    known = min(1_000_003, len(flat))  # a prime, so that no two rows are the same
+    draw(flat[:known])
+    while known < len(flat):
+        more = min(known, len(flat) - known)
+        flat[known : known + more] = flat[:more]
+        known += more
+
+
+def fill(model: Transformer, device: torch.device) -> Transformer:
+    """Give a skeleton random weights on the device, whose products keep the size of x."""
+    tied = model.output.weight is model.tok_embeddings.weight
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, module in model.named_modules():
+        spread = getattr(module, "in_features", 1) ** -0.5
+        for key, tensor in module.named_parameters(recurse=False):
+            if tensor.dtype in (torch.int8, torch.uint8):  # every bit random
+                noise(tensor, lambda x: x.view(torch.uint8).random_(256, generator=generator))
+            elif key.startswith("scales"):  # codes spread by 74 (int8) or 4.6 (int4)
+                tensor.zero_()[..., 0] = spread / 4.6
+                if key != "scales_and_zeros":
+                    tensor.fill_(spread / 74)
+            elif "norm" in name:
+                tensor.fill_(1)
+            else:
+                noise(tensor, lambda x, s=spread: x.normal_(0, s, generator=generator))
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+def quantized(source: Transformer, model: Transformer, case: Case) -> Transformer:
+    """Fill a skeleton with the weights of `source`, quantized."""
+    state = source.state_dict()
+    for name, linear in linears(source).items():
+        del state[f"{name}.weight"]
+        tensors = quantize(linear.weight, case.scheme, case.groupsize)
+        state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+def make(case: Case, device: torch.device, length: int) -> Transformer:
+    """The model, with a cache of `length` positions full of random keys and values."""
+    if not case.made:
+        model = Transformer.from_checkpoint(Path(case.checkpoint), device)
+    elif case.checkpoint:
+        source = Transformer.from_checkpoint(Path(case.checkpoint), device)
+        model = quantized(source, skeleton(case), case)
+    else:
+        model = fill(skeleton(case), device)
+    if case.made:
+        for linear in linears(model).values():
+            linear.prepare()
+    model.setup_caches(1, length)
+    for layer in model.layers:
+        for cache in layer.attention.kv_cache.buffers():
+            noise(cache, lambda x: x.normal_())
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# What runs them, and other programs
+
+
+class Ours:
+    """A model of this repository in one scheme."""
+
+    def __init__(self, model: Transformer, args: Namespace):
+        self.model, self.bytes_per_step, self.kv_steps = model, model.bytes_per_step, model.kv_steps
+        self.engine = Engine(model, args.compile, args.compile_prefill, FEW_ROWS)
+        if args.compile or args.compile_prefill:
+            self.engine.warm_up(1)
+
+    def hold(self, start: int) -> None:
+        """Let the cache hold `start` positions: whatever is there will do."""
+
+    def forward(self, ids: list[int], start: int) -> list[int]:
+        """The likeliest token after each of `ids`, which stand at `start` and behind."""
+        idx = torch.tensor([ids], device=self.model.freqs_cis.device)
+        input_pos = torch.arange(start, start + len(ids), device=idx.device)[None]
+        logits = self.engine.step(idx, input_pos, self.model.kv_steps(start + len(ids)))
+        return logits[0].argmax(-1).tolist()
+
+    def tokens(self, prompt: list[int], n: int, start: int) -> Iterator:
+        return generate(self.engine, [prompt], GREEDY, n, start=start)
 
 
 class Peer:
-    """What other libraries have in common; bytes are those of their own tensors."""
+    """What other libraries have in common; bytes are those of their own tensors.
+
+    Of rope scaling they are told nothing: it changes the text, not the speed.
+    """
 
     shape: ModelArgs
     weight_bytes: int
