@@ -347,7 +347,10 @@ def start_twice(case: Case, args: Namespace, length: int) -> dict:
             with timing.clock(args.device):
                 done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                raise RuntimeError(f"a new process with {case.scheme} ended with an error")
+                raise UserError(
+                    f"a new process with {case.scheme} ended with code {done.returncode}; is there "
+                    "memory enough? --no-cold does without it"
+                )
             found.append(json.loads(done.stdout.splitlines()[-1]))
     return {
         "scheme": case.scheme,

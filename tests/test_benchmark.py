@@ -328,6 +328,13 @@ def test_starts_are_timed_in_new_processes_that_share_a_cache(monkeypatch, tmp_p
     )
 
 
+def test_a_start_that_fails_is_told_in_one_line(run, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "")
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **_: killed)
+    code, _, err, found = run("--model", "tiny", "--schemes", "int8", *SHORT[:-1])
+    assert code == 2 and "int8 ended with code -9" in err and found is None
+
+
 def test_starts_stand_in_the_report_unless_they_are_left_out(run, monkeypatch):
     row = {"load_s": 1.0, "cold_s": 9.0, "second_s": 2.0, "peak_memory_mb": 300}
     row["disturbed"] = False
