@@ -272,9 +272,10 @@ class LlamaCpp(Peer):
 
     def forward(self, ids: list[int], start: int, last: bool = False) -> list[int]:
         lib, n = self.lib, len(ids)
-        batch = lib.llama_batch_get_one((lib.llama_token * n)(*ids), n)
+        tokens, wanted = (lib.llama_token * n)(*ids), (ctypes.c_int8 * n)(*[1] * n)
+        batch = lib.llama_batch_get_one(tokens, n)  # it points to them, and does not keep them
         if not last:
-            batch.logits = (ctypes.c_int8 * n)(*[1] * n)
+            batch.logits = wanted
         if lib.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode failed on {n} tokens at {start}")
         rows = [-1] if last else range(n)

@@ -436,7 +436,7 @@ def test_the_gguf_file_holds_the_same_weights(scheme, shape, tmp_path):
 def test_llama_cpp_runs_the_same_model(run):
     pytest.importorskip("llama_cpp")
     peer = candidates.LlamaCpp(make(case("bf16"), CPU, 1), "BF16", CPU, 64)
-    assert tokens_of(peer)[:2] == our_tokens()[:2]
+    assert tokens_of(peer)[:4] == our_tokens()[:4]  # later ones may be near ties in bf16
     peer.hold(40)
     state = peer.forward([3, 4], 40)
     peer.hold(40)
