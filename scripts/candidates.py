@@ -94,10 +94,10 @@ def fill(model: Transformer, device: torch.device) -> Transformer:
         for key, tensor in module.named_parameters(recurse=False):
             if tensor.dtype in (torch.int8, torch.uint8):  # every bit random
                 noise(tensor, lambda x: x.view(torch.uint8).random_(256, generator=generator))
-            elif key.startswith("scales"):  # codes spread by 74 (int8) or 4.6 (int4)
-                tensor.zero_()[..., 0] = spread / 4.6
-                if key != "scales_and_zeros":
-                    tensor.fill_(spread / 74)
+            elif key == "scales_and_zeros":
+                tensor.zero_()[..., 0] = spread / 4.6  # by which 4-bit codes spread
+            elif key.startswith("scales"):
+                tensor.fill_(spread / 74)  # by which 8-bit codes spread
             elif "norm" in name:
                 tensor.fill_(1)
             else:
