@@ -1,0 +1,344 @@
+"""What benchmark.py measures: models of every scheme, and other programs on the same weights.
+
+Each candidate decodes greedily (`tokens`) and runs a few tokens at once (`forward`), on a cache in
+which `hold` fills the first positions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cli import UserError
+from generate import Engine, Sampling, generate
+from linear import FEW_ROWS, Linear, linear_for
+from model import ModelArgs, Transformer
+from quantize import check_groups, quantize
+from scripts.convert_gguf import GGUF_NAMES
+from scripts.convert_hf_checkpoint import HF_NAMES, parts
+
+MARKERS = {"bf16": "", "int8": "scales", "int8-activation": "scales_a8", "int4": "scales_and_zeros"}
+GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+GREEDY = Sampling(temperature=0)
+
+# ------------------------------------------------------------------------------------------------
+# Models of every scheme
+
+
+@dataclasses.dataclass
+class Case:
+    """A model to measure, in words that another process understands.
+
+    Without `checkpoint` the weights are random; scheme "as stored" takes the file's own.
+    """
+
+    scheme: str
+    shape: dict  # of ModelArgs
+    groupsize: int
+    checkpoint: str | None
+
+    @property
+    def made(self) -> bool:
+        """Whether its weights are made here, not read as they are."""
+        return self.checkpoint is None or self.scheme not in ("bf16", "as stored")
+
+
+def linears(model: Transformer) -> dict[str, Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def skeleton(case: Case) -> Transformer:
+    """The model without values, on the meta device; `UserError` if groups do not fit."""
+    if not case.made:
+        return Transformer.from_checkpoint(Path(case.checkpoint), "meta")
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**case.shape))
+    layers = linears(model)
+    check_groups(layers, dict.fromkeys(layers, case.scheme), case.groupsize)
+    for name, linear in layers.items():
+        groups = torch.empty(linear.in_features // case.groupsize, 0)
+        model.set_submodule(name, linear_for(linear, {MARKERS[case.scheme]: groups}))
+    if model.args.tied and case.scheme == "bf16":
+        model.output.weight = model.tok_embeddings.weight
+    return model.requires_grad_(False).eval().bfloat16()
+
+
+def noise(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Fill a tensor by repeating a million random values: more would not change its speed."""
+    flat = tensor.view(-1)
+    known = min(1_000_003, len(flat))  # a prime, so that no two rows are the same
+    draw(flat[:known])
+    while known < len(flat):
+        more = min(known, len(flat) - known)
+        flat[known : known + more] = flat[:more]
+        known += more
+
+
+def fill(model: Transformer, device: torch.device) -> Transformer:
+    """Give a skeleton random weights on the device, whose products keep the size of x."""
+    tied = model.output.weight is model.tok_embeddings.weight
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, module in model.named_modules():
+        spread = getattr(module, "in_features", 1) ** -0.5
+        for key, tensor in module.named_parameters(recurse=False):
+            if tensor.dtype in (torch.int8, torch.uint8):  # every bit random
+                noise(tensor, lambda x: x.view(torch.uint8).random_(256, generator=generator))
+            elif key == "scales_and_zeros":
+                tensor.zero_()[..., 0] = spread / 4.6  # by which 4-bit codes spread
+            elif key.startswith("scales"):
+                tensor.fill_(spread / 74)  # by which 8-bit codes spread
+            elif "norm" in name:
+                tensor.fill_(1)
+            else:
+                noise(tensor, lambda x, s=spread: x.normal_(0, s, generator=generator))
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+def quantized(source: Transformer, model: Transformer, case: Case) -> Transformer:
+    """Fill a skeleton with the weights of `source`, quantized."""
+    state = source.state_dict()
+    for name, linear in linears(source).items():
+        del state[f"{name}.weight"]
+        tensors = quantize(linear.weight, case.scheme, case.groupsize)
+        state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+def make(case: Case, device: torch.device, length: int) -> Transformer:
+    """The model, with a cache of `length` positions full of random keys and values."""
+    if not case.made:
+        model = Transformer.from_checkpoint(Path(case.checkpoint), device)
+    elif case.checkpoint:
+        source = Transformer.from_checkpoint(Path(case.checkpoint), device)
+        model = quantized(source, skeleton(case), case)
+    else:
+        model = fill(skeleton(case), device)
+    if case.made:
+        for linear in linears(model).values():
+            linear.prepare()
+    model.setup_caches(1, length)
+    for layer in model.layers:
+        for cache in layer.attention.kv_cache.buffers():
+            noise(cache, lambda x: x.normal_())
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# What runs them, and other programs
+
+
+class Ours:
+    """A model of this repository in one scheme."""
+
+    def __init__(self, model: Transformer, args: Namespace):
+        self.model, self.bytes_per_step, self.kv_steps = model, model.bytes_per_step, model.kv_steps
+        self.engine = Engine(model, args.compile, args.compile_prefill, FEW_ROWS)
+        if args.compile or args.compile_prefill:
+            self.engine.warm_up(1)
+
+    def hold(self, start: int) -> None:
+        """Let the cache hold `start` positions: whatever is there will do."""
+
+    def forward(self, ids: list[int], start: int) -> list[int]:
+        """The likeliest token after each of `ids`, which stand at `start` and behind."""
+        idx = torch.tensor([ids], device=self.model.freqs_cis.device)
+        input_pos = torch.arange(start, start + len(ids), device=idx.device)[None]
+        logits = self.engine.step(idx, input_pos, self.model.kv_steps(start + len(ids)))
+        return logits[0].argmax(-1).tolist()
+
+    def tokens(self, prompt: list[int], n: int, start: int) -> Iterator:
+        return generate(self.engine, [prompt], GREEDY, n, start=start)
+
+
+class Peer:
+    """What other libraries have in common; bytes are those of their own tensors.
+
+    Of rope scaling they are told nothing: it changes the text, not the speed.
+    """
+
+    shape: ModelArgs
+    weight_bytes: int
+
+    def kv_steps(self, length: int) -> int:
+        return length
+
+    def bytes_per_step(self, kv_len: float) -> float:
+        shape = self.shape
+        per_position = 4 * shape.n_layer * shape.n_local_heads * shape.head_dim  # 2 bytes a value
+        return self.weight_bytes + per_position * kv_len
+
+    def tokens(self, prompt: list[int], n: int, start: int) -> Iterator[int]:
+        """The loop of `generate.generate`, for one row."""
+        self.hold(start)
+        ids = prompt[start:]
+        for _ in range(n):
+            (token,) = self.forward(ids, start, last=True)
+            yield token
+            start, ids = start + len(ids), [token]
+
+
+def write_gguf(path: Path, model: Transformer, kind: str) -> int:
+    """Write the weights of a model for llama.cpp, in its type `kind`; the bytes a token reads."""
+    import gguf
+    import numpy as np
+
+    shape, types = model.args, gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(shape.block_size)
+    writer.add_embedding_length(shape.dim)
+    writer.add_block_count(shape.n_layer)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_local_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    total = 0
+    # q and k rows are in Meta's interleaved order here and in llama.cpp alike.
+    for name, part in parts(dataclasses.replace(shape, tied=False), GGUF_NAMES, False).items():
+        module = model.get_submodule(part.name.rpartition(".")[0])
+        weight = module.dequantize() if isinstance(module, Linear) else module.weight
+        floats = weight[part.start : part.start + part.shape[0]].float().cpu().numpy()
+        stored = types[kind] if floats.ndim > 1 else types.F32
+        if name == "token_embd.weight":
+            stored = types.BF16
+        data = gguf.quantize(np.ascontiguousarray(floats), stored)
+        writer.add_tensor(name, data, raw_dtype=stored)
+        total += data.nbytes if name != "token_embd.weight" else 0
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return total
+
+
+class LlamaCpp(Peer):
+    """llama.cpp through llama-cpp-python's C functions, on a file with the same weights."""
+
+    def __init__(self, model: Transformer, kind: str, device: torch.device, length: int):
+        import llama_cpp
+
+        self.lib, self.shape = llama_cpp, model.args
+        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C calls it
+        llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p())
+        llama_cpp.llama_backend_init()
+        options = llama_cpp.llama_model_default_params()
+        options.n_gpu_layers = 0 if device.type == "cpu" else 10_000
+        options.use_mmap = False  # the file goes
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            self.weight_bytes = write_gguf(path, model, kind)
+            self.model = llama_cpp.llama_model_load_from_file(bytes(path), options)
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = options.n_batch = length
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        self.context = self.model and llama_cpp.llama_init_from_model(self.model, options)
+        if not self.context:
+            raise UserError(f"llama.cpp cannot load this shape in {kind}; leave it out of --peers")
+        self.saved: dict[int, ctypes.Array] = {}  # the state with so many positions filled
+
+    def close(self) -> None:
+        self.lib.llama_free(self.context)
+        self.lib.llama_model_free(self.model)
+
+    def hold(self, start: int) -> None:
+        lib = self.lib
+        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
+        if start and start not in self.saved:
+            self.forward([1] * start, 0, last=True)
+            self.saved[start] = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self.context, 0))()
+            state = self.saved[start]
+            lib.llama_state_seq_get_data(self.context, state, len(state), 0)
+        elif start:
+            lib.llama_state_seq_set_data(self.context, self.saved[start], len(self.saved[start]), 0)
+
+    def forward(self, ids: list[int], start: int, last: bool = False) -> list[int]:
+        lib, n = self.lib, len(ids)
+        tokens, wanted = (lib.llama_token * n)(*ids), (ctypes.c_int8 * n)(*[1] * n)
+        batch = lib.llama_batch_get_one(tokens, n)  # it points to them, and does not keep them
+        if not last:
+            batch.logits = wanted
+        if lib.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode failed on {n} tokens at {start}")
+        rows = [-1] if last else range(n)
+        shape = (self.shape.vocab_size,)
+        logits = (lib.llama_get_logits_ith(self.context, row) for row in rows)
+        return [int(np_array(row, shape).argmax()) for row in logits]
+
+
+def np_array(pointer, shape: tuple[int, ...]):
+    import numpy as np
+
+    return np.ctypeslib.as_array(pointer, shape)
+
+
+class HuggingFace(Peer):
+    """transformers' LlamaForCausalLM of the same shape in bf16, not compiled, its default cache."""
+
+    def __init__(self, source: Transformer, device: torch.device):
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        self.shape, self.device = source.args, device
+        shape = self.shape
+        config = LlamaConfig(
+            hidden_size=shape.dim,
+            num_hidden_layers=shape.n_layer,
+            num_attention_heads=shape.n_head,
+            num_key_value_heads=shape.n_local_heads,
+            head_dim=shape.head_dim,
+            intermediate_size=shape.intermediate_size,
+            vocab_size=shape.vocab_size,
+            max_position_embeddings=shape.block_size,
+            rms_norm_eps=shape.norm_eps,
+            rope_theta=shape.rope_base,
+            tie_word_embeddings=shape.tied,
+        )
+        with torch.device("meta"):
+            self.model = LlamaForCausalLM(config).to(torch.bfloat16)
+        self.model.to_empty(device=self.device).tie_weights()
+        self.model.model.rotary_emb = LlamaRotaryEmbedding(config).to(self.device)
+        state = self.model.state_dict()
+        for name, part in parts(shape, HF_NAMES).items():
+            rows = source.get_parameter(part.name)[part.start : part.start + part.shape[0]]
+            if part.halves:  # neighbours become halves of a head
+                heads = rows.unflatten(0, (-1, shape.head_dim // 2, 2))
+                rows = heads.transpose(1, 2).flatten(0, 2)
+            state[name].copy_(rows)
+        sizes = {name: tensor.nbytes for name, tensor in self.model.named_parameters()}
+        embedding = 0 if shape.tied else sizes["model.embed_tokens.weight"]
+        self.weight_bytes = sum(sizes.values()) - embedding
+        self.model.requires_grad_(False).eval()
+
+    def hold(self, start: int) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+        shape = (1, self.shape.n_local_heads, start, self.shape.head_dim)
+        for layer in range(self.shape.n_layer if start else 0):
+            keys = torch.randn(shape, dtype=torch.bfloat16, device=self.device)
+            self.cache.update(keys, keys.clone(), layer)
+
+    @torch.inference_mode()
+    def forward(self, ids: list[int], start: int, last: bool = False) -> list[int]:
+        idx = torch.tensor([ids], device=self.device)
+        options = {"past_key_values": self.cache, "logits_to_keep": 1 if last else 0}
+        return self.model(idx, **options).logits[0].argmax(-1).tolist()
