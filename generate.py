@@ -740,7 +740,7 @@ def sampling_flags(args: Namespace) -> Sampling:
 
 
 def load_draft(
-    model: Transformer, tokenizer: Tokenizer, args: Namespace, shard: tp.Shard | None
+    model: Transformer, tokenizer: Tokenizer, args: Namespace, shard: tp.Shard | None = None
 ) -> Transformer:
     """The draft model, with a cache for what the model's holds; `UserError` if it fits ill."""
     device = model.freqs_cis.device

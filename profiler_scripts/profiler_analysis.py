@@ -32,9 +32,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, number, output_file, replacing, run
-from generate import Engine, Sampling, generate, synchronize
+from generate import Engine, Sampling, generate
 from model import Transformer, find_device
 from ranges import MARK, traced
+from scripts.benchmark import read_bandwidth
 
 PHASES = ("Prefill", "Decode")
 COMPILED = "Compiled block"
@@ -226,25 +227,7 @@ def analyse(events: list[dict], name: str) -> Profile:
 
 
 # ------------------------------------------------------------------------------------------------
-# Running a checkpoint, and the machine's own speed
-
-
-def read_bandwidth(device: torch.device, size: int = 2**30) -> float:
-    """GB/s at which the device reads memory: the fastest of five sums over `size` bytes.
-
-    The default is a gibibyte, more than the caches hold. A sum of integers needs no accuracy and
-    next to no arithmetic; on MPS, which has no fast one, floats are summed.
-    """
-    kind = torch.float32 if device.type == "mps" else torch.int64
-    numbers = torch.ones(size // kind.itemsize, dtype=kind, device=device)
-    times = []
-    for _ in range(5):
-        synchronize(device)
-        began = time.perf_counter()
-        numbers.sum()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return numbers.nbytes / min(times) / 1e9
+# Running a checkpoint
 
 
 def timed_run(engine: Engine, prompt: list[int], max_new_tokens: int) -> list[float]:
@@ -544,7 +527,7 @@ def main(args: Namespace) -> None:
     device = find_device(args.device)
     profiles = [profile_trace(path) for path in args.trace]  # first: mistakes show at once
     profiles = [profile_checkpoint(path, device, args) for path in args.model_path] + profiles
-    bandwidth = read_bandwidth(device)
+    bandwidth = read_bandwidth(device) / 1e9  # GB/s
     rows = []
     for profile in profiles:
         fitting = bandwidth if profile.on_gpu == (device.type == "cuda") else None

@@ -302,10 +302,6 @@ def test_nothing_of_the_ranges_stays(folder):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_read_bandwidth_is_that_of_a_memory():
-    assert 0.1 < profiling.read_bandwidth(CPU, 2**26) < 1e4
-
-
 # ---- What int4 costs ---------------------------------------------------------------------------
 
 
