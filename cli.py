@@ -68,8 +68,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Run `main` on the parsed command line; exit with 2 on a `UserError`, with 130 on Ctrl-C."""
-    rank = int(os.environ.get("RANK", 0))
-    if "LOCAL_RANK" in os.environ:  # under torchrun a handler would wait for the others to go on
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = int(os.environ.get("RANK", 0)) if several else 0
+    if several:  # under torchrun a handler would wait for the others to go on
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     else:  # so that temporary files are removed
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import tp
-from cli import Parser, UserError, add_model_flags, number, replacing, run
+from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
 from generate import PREFILL_CHUNK, Engine, Sampling, default_checkpoint, generate, load
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
@@ -323,7 +323,7 @@ def make_parser() -> Parser:
     add("--stride", type=number(int, 1), help="of --perplexity (default: half of the window)")
     add("--batch_size", type=number(int, 1), default=8, help="contexts run at once (default: 8)")
     add("--compile", action="store_true", help="compile one transformer block for all layers")
-    add("--output_path", type=Path, metavar="FILE", help="write the results as JSON")
+    add("--output_path", type=output_file, metavar="FILE", help="write the results as JSON")
     return parser
 
 

@@ -229,7 +229,7 @@ class DraftModel:
 
     def __init__(self, engine: Engine, vocab_size: int):
         self.engine, self.vocab_size, self.engines = engine, vocab_size, [engine]
-        self.known = 0  # how many tokens of the text the cache holds
+        self.known = 0  # so many tokens of the text, not more, are in the cache
 
     def begin(self, start: int) -> None:
         """A new text comes, whose first `start` tokens are those of the last one."""
@@ -239,7 +239,9 @@ class DraftModel:
         self, text: list[int], k: int, sampling: Sampling, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Up to k tokens to follow `text`, `[k]`, and what each was drawn from, `[k, V]`."""
-        model, known = self.engine.model, min(self.known, len(text) - 1)
+        model = self.engine.model
+        # What was rejected stands behind the known tokens in the cache, to be written over.
+        known = self.known = min(self.known, len(text) - 1)
         k = max(0, min(k, model.max_seq_length + 1 - len(text)))  # the last one is not fed
         if max(text[known:]) >= model.args.vocab_size:  # not in the draft's embedding
             k = 0
@@ -247,7 +249,6 @@ class DraftModel:
         ids = torch.zeros(k, dtype=torch.int64, device=q.device)
         if k == 0:
             return ids, q
-        # What was rejected stands behind the text in the cache, to be written over.
         logits = self.engine.prefill([text], known)
         for i, place in enumerate(range(len(text), len(text) + k)):
             probs, tokens = candidates(logits[:, : self.vocab_size], sampling)
@@ -459,7 +460,7 @@ def check_prompt(prompt: list[int], model: Transformer, what: str = "prompt") ->
 
 def is_length(prompt: str) -> bool:
     """Whether --prompt asks for random tokens."""
-    return prompt.isascii() and prompt.isdecimal()
+    return prompt.isascii() and prompt.isdecimal() and len(prompt) < 9
 
 
 def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
@@ -476,8 +477,7 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
             raise UserError(f"--prompts_file {args.prompts_file} has no line with a prompt")
     elif is_length(args.prompt):
         generator = torch.Generator().manual_seed(args.seed)
-        length = min(int(args.prompt), 2**24)  # longer than any context
-        ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
+        ids = torch.randint(vocab_size, (int(args.prompt),), generator=generator).tolist()
         return [read_context(args, tokenizer) + ids]
     else:
         texts = [tp.same(sys.stdin.read).removesuffix("\n") if args.prompt == "-" else args.prompt]
@@ -627,11 +627,13 @@ class Session:
         """Generate again without the draft, and add the figures of that to `record`."""
         print("without speculation: ", end="", file=sys.stderr)
         alone, record["alone"] = self.answer(prompts, self.engine.engine, show=False)
-        record["same_text"] = alone == rows
-        line = "the same tokens" if alone == rows else "other tokens"
+        line = "with speculation"
         if "tokens_per_s" in record and "tokens_per_s" in record["alone"]:
             record["speedup"] = record["tokens_per_s"] / record["alone"]["tokens_per_s"]
-            line += f", {record['speedup']:.2f} times as fast with speculation"
+            line += f" {record['speedup']:.2f} times as fast"
+        if self.sampling.temperature == 0:  # otherwise other tokens are drawn
+            record["same_text"] = alone == rows
+            line += ", the same text" if alone == rows else ", another text"
         print(f"[{line}]", file=sys.stderr)
 
     def converse(self) -> None:
@@ -731,12 +733,27 @@ def check_flags(args: Namespace) -> None:
             "--speculate_k, --fixed_k and --compare are for speculation; "
             "add --draft_checkpoint_path or --prompt_lookup"
         )
+    if args.profile and args.speculating:
+        raise UserError("--profile shows plain decoding; leave speculation out")
+    if args.interactive and args.num_samples > 1:
+        raise UserError("--interactive is one conversation; leave --num_samples out")
     if args.compare and args.interactive:
         raise UserError("--compare repeats prompts; use it without --interactive")
 
 
 def sampling_flags(args: Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+
+
+def make_room(model: Transformer, rows: int, length: int) -> None:
+    """Allocate the model's KV cache; `UserError` if it does not fit."""
+    try:
+        model.setup_caches(rows, length)
+    except RuntimeError:  # the allocator's
+        raise UserError(
+            f"there is no room for a KV cache of {rows} rows of {length} positions; "
+            "lower --batch_size or --max_seq_length"
+        ) from None
 
 
 def load_draft(
@@ -749,7 +766,10 @@ def load_draft(
         i = min(i for i, _ in other.pieces.items() ^ tokenizer.pieces.items())
         meanings = f"{other.pieces.get(i)!r} to the draft, {tokenizer.pieces.get(i)!r} to the model"
         raise UserError(f"token {i} is {meanings}; take a draft with the model's vocabulary")
-    draft.setup_caches(1, min(model.max_seq_length, draft.args.block_size))
+    if draft.args.vocab_size < tokenizer.vocab_size:
+        sizes = f"{draft.args.vocab_size} tokens and the vocabulary {tokenizer.vocab_size}"
+        raise UserError(f"the draft's embedding has {sizes}; take a draft that knows them all")
+    make_room(draft, 1, min(model.max_seq_length, draft.args.block_size))
     return draft
 
 
@@ -794,13 +814,7 @@ def main(args: Namespace) -> None:
     length = args.max_seq_length or min(max(longest, len(context) + 2048), model.args.block_size)
     if length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
-    try:
-        model.setup_caches(args.batch_size, length)
-    except RuntimeError:  # the allocator's
-        raise UserError(
-            f"there is no room for a KV cache of {args.batch_size} rows of {length} positions; "
-            "lower --batch_size or --max_seq_length"
-        ) from None
+    make_room(model, args.batch_size, length)
     if context:
         check_prompt(context, model, "context")
     for prompt in prompts:
@@ -812,20 +826,23 @@ def main(args: Namespace) -> None:
     context_figures = remember(cache, context, session.engine.engines)
 
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
-    ranges = traced(session.engine.engines, globals()) if args.profile else contextlib.nullcontext()
+    ranges = traced(session.engine, globals()) if args.profile else contextlib.nullcontext()
     with ranges, profiler:
         if args.interactive:
             session.converse()
         else:
             session.complete(prompts)
-    communication = shard.cost(model, args.batch_size) if shard else {}
+    plain = shard and not args.speculating
+    communication = shard.cost(model, args.batch_size) if plain else {}
     tp.finish(shard)
     if args.profile:
         with replacing(args.profile) as temporary:
             profiler.export_chrome_trace(str(temporary))
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
     settings |= {"precision": args.precision, "compile": args.compile}
-    settings |= context_figures | communication
+    settings |= {"draft": str(args.draft_checkpoint_path or args.prompt_lookup or "")}
+    settings |= {name: getattr(args, name) for name in ("speculate_k", "fixed_k", "seed")}
+    settings |= dataclasses.asdict(session.sampling) | context_figures | communication
     report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
 
 
@@ -840,10 +857,13 @@ def remember(cache: PrefillCache | None, context: list[int], engines: list[Engin
     for engine in engines:
         room = context[: engine.model.max_seq_length]
         done += cache.remember(room, engine.model, Engine(engine.model, None).prefill)
+    if len(cache.entries) < len(engines) > 1:
+        sizes = "the contexts of model and draft do not fit --prefill_cache_gb together"
+        print(f"warning: {sizes}; raise it, or one is prefilled every time", file=sys.stderr)
     figures = {"context_tokens": len(context), "context_prefilled_tokens": done}
     figures["context_s"] = time.perf_counter() - began
-    line = "[context: {} tokens, {} prefilled, {:.3f} s]".format(*figures.values())
-    print(line, file=sys.stderr)
+    line = "[context: {} tokens, {} prefilled, {:.3f} s".format(*figures.values())
+    print(line + (", of both models]" if len(engines) > 1 else "]"), file=sys.stderr)
     return figures
 
 

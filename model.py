@@ -364,7 +364,7 @@ class Transformer(nn.Module):
         if tied:
             state["output.weight"] = state.get("tok_embeddings.weight")
         if shard:
-            model = shard.split(model, state)
+            model = shard.split(model, state, path)
         for i in range(args.n_layer):
             prefix = f"layers.{i}.attention."
             parts = [prefix + f"{name}.weight" for name in ("wq", "wk", "wv")]

@@ -4,8 +4,9 @@ A stored entry serves every prompt that begins as it does, cut where the two par
 keys and values depend on nothing after it. Entries are found by token ids, not by text.
 
 On disk an entry is one safetensors file (https://github.com/huggingface/safetensors, "Format") of
-one tensor. Nothing in it is believed: its header must be, byte for byte, the one that this model
-would write, and a SHA-256 covers header and data. A file that does not pass is prefilled anew.
+one tensor. It must be a file that only this user can have written; its header must be, byte for
+byte, the one that this model would write, and a SHA-256 covers header and data. A context whose
+file does not pass is prefilled anew.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -55,7 +58,8 @@ class Entry:
 
 
 class PrefillCache:
-    """A store of prefilled contexts: up to `max_bytes` in memory, and as much in `directory`.
+    """A store of prefilled contexts: up to `max_bytes` in memory, and as much in `directory`
+    (for each rank that shares it).
 
     What was used least recently goes first. One cache serves several models (a target and its
     draft) and several processes may share a directory. Memory is that of the model's device.
@@ -67,7 +71,8 @@ class PrefillCache:
 
     def __init__(self, max_bytes: int, directory: Path | None = None):
         self.max_bytes = max_bytes
-        self.folder = Folder(Path(directory), max_bytes) if directory else None
+        ranks = dist.get_world_size() if distributed() else 1  # which share the directory
+        self.folder = Folder(Path(directory), max_bytes * ranks) if directory else None
         self.entries: dict[str, Entry] = {}  # by name, the least recently used first
         self.fingerprints: weakref.WeakKeyDictionary[Transformer, str] = weakref.WeakKeyDictionary()
 
@@ -282,6 +287,8 @@ class Folder:
         path = self.path / name_of(mark, entry.tokens)
         if len(header) + len(data) > self.max_bytes:
             return warn(f"{path} would be larger than the whole prefill cache; it is not written")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            return  # `replacing` would write to where it leads
         try:
             with replacing(path) as temporary:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
@@ -305,13 +312,13 @@ class Folder:
             if not (made or making):
                 continue
             with contextlib.suppress(OSError):  # another process made room
-                stat = os.stat(self.path / name)
-                if making and time.time() - stat.st_mtime > STALE_S:
+                found = os.stat(self.path / name)
+                if making and time.time() - found.st_mtime > STALE_S:
                     os.unlink(self.path / name)
                     continue
-                used += stat.st_size
+                used += found.st_size
                 if made:
-                    files.append((stat.st_mtime_ns, stat.st_size, name))
+                    files.append((found.st_mtime_ns, found.st_size, name))
         for _, size, name in sorted(files):
             if used <= self.max_bytes:
                 return
@@ -347,9 +354,23 @@ def read_header(file) -> tuple[bytes, dict]:
         raise ValueError("is damaged or not a file of the prefill cache") from None
 
 
+def open_own(path: Path) -> BinaryIO:
+    """Open a file that only this user can have written; `ValueError` if another one may have.
+
+    The checksum tells accidents, not malice: it could be made for any content.
+    """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would wait for somebody to write to it
+    file = open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags))
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+        return file
+    file.close()
+    raise ValueError("is no file that you alone can have written")
+
+
 def read_tokens(path: Path) -> list[int]:
     """The token ids of an entry; `ValueError` if they are not those that its name stands for."""
-    with open(path, "rb") as file:
+    with open_own(path) as file:
         metadata = read_header(file)[1]
     if metadata["format"] != FORMAT:
         raise ValueError(f"has the format {metadata['format'][:80]!r}, not {FORMAT!r}")
@@ -363,7 +384,7 @@ def read(path: Path, mark: str, model: Transformer) -> Entry:
     tokens = read_tokens(path)
     slots = model.layers[0].attention.kv_cache.k_cache  # [B, H, S + 1, D]
     shape = torch.Size((len(model.layers), 2, slots.shape[1], len(tokens), slots.shape[3]))
-    with open(path, "rb") as file:
+    with open_own(path) as file:
         header, metadata = read_header(file)
         if header != make_header(mark, tokens, shape, slots.dtype, metadata["sha256"]):
             raise ValueError("is damaged or of another model: its header is not this model's")

@@ -114,22 +114,19 @@ def wrapped_steps(engine) -> Iterator[tuple[str, Callable]]:
 
 
 @contextlib.contextmanager
-def traced(engines: list, namespace: dict) -> Iterator[None]:
-    """Have a profile of these engines of `generate.py` say what belongs to what.
+def traced(engine, namespace: dict) -> Iterator[None]:
+    """Have a profile of this `generate.Engine` say what belongs to what.
 
-    `namespace` is where their module finds `sample` and `judge`. Compiled code is left as it was
-    compiled: ranges put into it would compile it anew. So those inside a step exist only while a
-    step runs that is not compiled, and with one compiled block those outside of the blocks.
+    `namespace` is where `generate` finds `sample`. Compiled code is left as it was compiled: ranges
+    put into it would compile it anew. So those inside a step exist only while a step runs that is
+    not compiled, and with one compiled block those outside of the blocks.
     """
-    before = [(engine, engine.prefill_step, engine.decode_step) for engine in engines]
-    draws = (name for name in ("sample", "judge") if name in namespace)
-    sampling = [(namespace, name, namespace[name], title("Sampling", name=name)) for name in draws]
+    before = engine.prefill_step, engine.decode_step
+    sampling = (namespace, "sample", namespace["sample"], title("Sampling", name="sample"))
     try:
-        for engine in engines:
-            for name, step in [*wrapped_steps(engine)]:
-                setattr(engine, name, step)
-        with in_ranges(sampling):
+        for name, step in [*wrapped_steps(engine)]:
+            setattr(engine, name, step)
+        with in_ranges([sampling]):
             yield
     finally:
-        for engine, prefill_step, decode_step in before:
-            engine.prefill_step, engine.decode_step = prefill_step, decode_step
+        engine.prefill_step, engine.decode_step = before

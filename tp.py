@@ -20,6 +20,7 @@ import threading
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -62,12 +63,13 @@ def start(name: str | None) -> tuple[torch.device, Shard | None]:
     try:
         dist.init_process_group(dist.get_default_backend_for_device(device), **options)
         shard = Shard(device)
-        threading.Thread(target=watch, args=(shard, store()), daemon=True).start()
+        for task in ((beat, shard, store()), (watch, shard)):
+            threading.Thread(target=task[0], args=task[1:], daemon=True).start()
         return device, shard
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the {world} processes did not find each other in {timeout():g} s "
-            f"({str(error).splitlines()[0]}); were all started, with the same addresses?"
+            f"({str(error).partition(chr(10))[0]}); were all started, with the same addresses?"
         ) from None
 
 
@@ -97,24 +99,32 @@ def store() -> dist.Store:
     return dist.PrefixStore(f"tp/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", tcp)
 
 
-def watch(shard: Shard, beats: dist.Store) -> None:
-    """End this process when another rank falls silent: a collective would wait for it in vain.
-
-    torchrun ends what it has started itself when a rank dies. This is for ranks on other machines,
-    for those that hang, and for NCCL, which may spin where gloo sees a closed connection.
-    """
-    counts, missed = [0] * shard.world, [0] * shard.world
+def beat(shard: Shard, beats: dist.Store) -> None:
+    """Give a sign of life now and then, and note when those of the others were new."""
+    counts = [0] * shard.world
     while not shard.done.wait(BEAT):
         for rank in range(shard.world):
             try:
                 count = beats.add(f"alive/{rank}", int(rank == shard.rank))
-            except RuntimeError:  # the store is gone, and with it rank 0's machine
-                count = 0
-            missed[rank] = 0 if count > counts[rank] else missed[rank] + 1
-            counts[rank] = count
-            if missed[rank] * BEAT >= SILENCE and not shard.done.is_set():
-                print(f"error: rank {rank} is silent for {SILENCE} s", file=sys.__stderr__)
-                os._exit(1)
+            except RuntimeError:  # the store is gone, and with it the process that keeps it
+                return
+            if count > counts[rank]:
+                counts[rank], shard.heard[rank] = count, time.monotonic()
+
+
+def watch(shard: Shard) -> None:
+    """End this process when another rank falls silent: a collective would wait for it in vain.
+
+    torchrun ends what it has started itself when a rank dies. This is for ranks on other machines,
+    for those that hang, and for NCCL, which may spin where gloo sees a closed connection. When the
+    one that keeps the store hangs, `beat` does, and all fall silent.
+    """
+    while not shard.done.wait(BEAT):
+        silent = [time.monotonic() - heard > SILENCE for heard in shard.heard]
+        if any(silent) and not shard.done.is_set():
+            rank = silent.index(True)
+            print(f"error: rank {rank} is silent for {SILENCE} s", file=sys.__stderr__)
+            os._exit(1)
 
 
 def same(make: Callable):
@@ -147,7 +157,7 @@ def in_turn(make: Callable):
 # The share of one rank
 
 
-def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int) -> None:
+def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int, path: Path) -> None:
     """Raise a `UserError` that says what fits, unless the model can be cut into `world` parts."""
     counts = {"KV heads": args.n_local_heads, "heads": args.n_head}
     counts["columns of w2"] = args.intermediate_size
@@ -158,7 +168,7 @@ def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int) -> None:
     for what, count in counts.items():
         if count % world:
             raise UserError(
-                f"{world} processes cannot share the {count} {what} of this model evenly; "
+                f"{world} processes cannot share the {count} {what} of {path} evenly; "
                 f"possible are {', '.join(map(str, fitting))}"
             )
 
@@ -169,15 +179,16 @@ class Shard:
     def __init__(self, device: torch.device):
         self.device, self.rank, self.world = device, dist.get_rank(), dist.get_world_size()
         self.group, self.done = dist.group.WORLD.group_name, threading.Event()
+        self.heard = [time.monotonic()] * self.world  # when each rank gave its last sign of life
 
-    def split(self, model: Transformer, state: dict[str, Tensor]) -> Transformer:
-        """The rank's part of a model on the meta device; `state` becomes its tensors.
+    def split(self, model: Transformer, state: dict[str, Tensor], path: Path) -> Transformer:
+        """The rank's part of the model in `path`, on the meta device; `state` becomes its tensors.
 
         Heads and hidden units are fewer, so the model's args are the rank's own. The embedding is
         looked up, not multiplied, and stays whole.
         """
         args = model.args
-        check_sizes(args, state, self.world)
+        check_sizes(args, state, self.world, path)
         names = ("n_head", "n_local_heads", "intermediate_size")
         local = {name: getattr(args, name) // self.world for name in names}
         with torch.device("meta"):

@@ -359,9 +359,8 @@ def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> dict
         losses.remember("ranking")
     if found:
         print(f"going on after {len(found) - 1} of {len(names)} layers", file=sys.stderr)
-    for name in tqdm(["", *names], "raising to int8", unit="layer", initial=len(found)):
-        if name in found:
-            continue
+    missing = [name for name in ("", *names) if name not in found]
+    for name in tqdm(missing, "raising to int8", unit="layer"):
         block = name.split(".")[1] if name.startswith("layers.") else len(variants.model.layers)
         variants.use({name: "int8"} if name else {})
         found[name] = losses("ranking", int(block) if name else 0).tolist()

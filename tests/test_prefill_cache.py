@@ -324,6 +324,9 @@ DAMAGE = {
     "other dtype": lambda file: stored_by(file, make_model("bfloat16")),
     "other version": other_version,
     "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a link": lambda file: file.symlink_to(file.rename(file.with_suffix(".moved"))),
+    "for all to write": lambda file: file.chmod(0o622),
 }
 
 
@@ -339,7 +342,7 @@ def test_a_file_that_does_not_verify_is_ignored_with_one_warning(damage, tmp_pat
     assert warnings.count("\n") == 1 and warnings.startswith(f"warning: {file} ")
 
     assert text_with(cache, make_model()) == (len(CONTEXT), text_without(make_model()))
-    if damage != "a folder":  # the damaged file has been replaced
+    if damage not in ("a folder", "a pipe", "a link"):  # the damaged file has been replaced
         new = PrefillCache(ROOM, tmp_path)
         assert text_with(new, make_model()) == (0, text_without(make_model()))
         assert capsys.readouterr().err == ""

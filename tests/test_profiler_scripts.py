@@ -293,7 +293,7 @@ def test_nothing_of_the_ranges_stays(folder):
     model = Transformer.from_checkpoint(folder / "model.pth")
     model.setup_caches(1, 64)
     engine, rope = generate.Engine(model, None), sys.modules["model"].apply_rotary_emb
-    with pytest.raises(ZeroDivisionError), traced([engine], vars(generate)):
+    with pytest.raises(ZeroDivisionError), traced(engine, vars(generate)):
         engine.prefill([[1, 2, 3]])
         assert engine.decode_step is not model
         raise ZeroDivisionError

@@ -157,6 +157,23 @@ def test_the_draft_computes_nothing_twice():
     assert fed == list(range(len(PROMPTS[0]) + len(new) - 2))
 
 
+def test_the_drafts_cache_is_right_after_rejections_however_many_were_asked_for():
+    """Steps without proposals, at which the text outgrows what was rejected, included."""
+    drafting, target = DRAFTS["a stranger"](), engine()
+    speculator, text = Speculator(target, drafting, 5, True), list(PROMPTS[0])
+    target.prefill([text])
+    for k in (5, 0, 0, 1, 5, 5, 0, 3, 0, 0, 0, 0, 0, 0, 2, 0):
+        new, proposed = speculator.step(text, k, GREEDY, torch.Generator())
+        text += new
+        assert proposed == k
+        fresh = engine(OTHER)
+        fresh.prefill([text])
+        known = min(drafting.known, len(text) - 1)
+        for one, other in zip(drafting.engine.model.layers, fresh.model.layers, strict=True):
+            caches = (layer.attention.kv_cache.k_cache[0, :, :known] for layer in (one, other))
+            torch.testing.assert_close(*caches, atol=1e-5, rtol=0)
+
+
 # ---- The distribution --------------------------------------------------------------------------
 
 
@@ -351,7 +368,7 @@ def test_the_command_prints_the_same_text_and_how_it_was_made(
     more = ("--speculate_k", 3, "--compare", "--num_samples", 2, "--json", file)
     code, out, err = run_cli(*common, *flags, *more)
     assert code == 0 and out == expected * 2
-    assert "steps that accepted 0 to 3" in err and "the same tokens" in err
+    assert "steps that accepted 0 to 3" in err and "the same text" in err
     for record in json.loads(file.read_text())["samples"]:
         assert record["same_text"] and record["alone"]["new_tokens"] == record["new_tokens"]
         assert record["speedup"] > 0 and len(record["accepted"]) == 4
@@ -392,9 +409,13 @@ def test_a_context_is_prefilled_once_for_the_model_and_for_the_draft(
         assert all(record["prefilled_tokens"] < 20 for record in figures["samples"])
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert run_cli(*flags, "--prompt_lookup")[1] == expected * 2
+    flags += ("--prefill_cache_gb", 0.0001, "--draft_checkpoint_path", checkpoints[1])
+    code, out, err = run_cli(*flags)  # room for one of the two, 0.09 and 0.05 MB
+    assert code == 0 and out == expected * 2 and "do not fit --prefill_cache_gb together" in err
 
 
 def test_wrong_flags_and_drafts_are_one_line(run_cli, checkpoints, tmp_path):
+    small = write_checkpoint(tmp_path / "small", OTHER | {"vocab_size": 257})
     other = shutil.copytree(checkpoints[1].parent, tmp_path / "other")
     path = other / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -411,6 +432,9 @@ def test_wrong_flags_and_drafts_are_one_line(run_cli, checkpoints, tmp_path):
         (["--prompt_lookup", "--draft_checkpoint_path", checkpoints[1]], "not allowed with"),
         (["--draft_checkpoint_path", tmp_path / "none.pth"], "there is no checkpoint"),
         (["--draft_checkpoint_path", other / "model.pth"], "the model's vocabulary"),
+        (["--draft_checkpoint_path", small], "the draft's embedding has 257 tokens"),
+        (["--prompt_lookup", "--profile", tmp_path / "t.json"], "leave speculation out"),
+        (["--interactive", "--num_samples", 2], "leave --num_samples out"),
     ):
         code, out, err = run_cli(*flags)
         assert code == 2 and words in err and err.count("\n") == 1 and not out, (flags, err)
