@@ -147,15 +147,26 @@ class Evaluator(TemplateLM):
             padding = [[]] * (rows - len(batch))
             # The last token of a context is fed with each continuation, whose first it predicts.
             contexts = [pairs[group[0]][0][:-1] for group in batch] + padding
-            self.engine.prefill(contexts)
+            lengths = done = [*map(len, contexts)]
+            if max(sum(map(len, pairs[group[0]])) for group in batch) <= PREFILL_CHUNK // rows:
+                done = [0] * rows  # short: the first turn takes the contexts along
+            else:
+                self.engine.prefill(contexts)
             for turn in itertools.zip_longest(*batch):  # a request of each row, or None
                 tokens = [[] if i is None else pairs[i][0][-1:] + pairs[i][1] for i in turn]
-                answers = self.follow([*map(len, contexts)], tokens + padding)
-                scores.update(zip(turn, answers, strict=False))
+                tokens = [
+                    c[n:] + row for c, n, row in zip(contexts, done, tokens + padding, strict=True)
+                ]
+                scores.update(zip(turn, self.follow(done, lengths, tokens), strict=False))
+                done = lengths
         return [scores[i] for i in range(len(pairs))]
 
-    def follow(self, starts: list[int], rows: list[list[int]]) -> list[Score]:
-        """Score each row's tokens but the first, standing after `starts` tokens in the cache."""
+    def follow(self, starts: list[int], contexts: list[int], rows: list[list[int]]) -> list[Score]:
+        """Score what follows a context and one more token in each row.
+
+        Its tokens stand after `starts` others in the cache, which are the context's or none;
+        `contexts` are the lengths of the contexts, of those in the row and in the cache together.
+        """
         spare, device = self.model.max_seq_length, self.model.freqs_cis.device
         totals, greedy = [0.0] * len(rows), [True] * len(rows)
         step = max(1, PREFILL_CHUNK // len(rows))  # bounds the logits
@@ -168,10 +179,24 @@ class Evaluator(TemplateLM):
             pos = [[*places] + [spare] * (T - len(places)) for places in ranges]
             idx, pos = (torch.tensor(x, device=device) for x in (idx, pos))  # [B, T]
             filled = max(places.stop for places in ranges if places)
-            logits = self.engine.step(idx, pos, self.model.kv_steps(filled))
-            logits = logits[pos < spare].float()  # [B, T, V] -> [N, V]
-            flat = itertools.chain(*(row[1:][begin : begin + step] for row in rows))
-            targets = torch.tensor([*flat], device=device)  # [N]
+            scored = [
+                [i for i in places if i >= n] for places, n in zip(ranges, contexts, strict=True)
+            ]
+            counts, width = [*map(len, scored)], max(map(len, scored))
+            last = [
+                [i - place for i in places] + [0] * (width - len(places))
+                for places, place in zip(scored, first, strict=True)
+            ]
+            last = torch.tensor(last, device=device)  # [B, W]
+            here = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
+            logits = self.engine.step(idx, pos, self.model.kv_steps(filled), last)
+            logits = logits[here].float()  # [B, W, V] -> [N, V]
+            next_tokens = [
+                row[i + 1 - start]
+                for start, row, places in zip(starts, rows, scored, strict=True)
+                for i in places
+            ]
+            targets = torch.tensor(next_tokens, device=device)  # [N]
             log_probs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
             hits = (logits.argmax(1) == targets).cpu().split(counts)
             for row, part in enumerate(log_probs.cpu().double().split(counts)):

@@ -140,7 +140,7 @@ class Engine:
         if idx.shape[1] > self.width:
             return self.prefill_step(idx, input_pos, kv_len, last)
         logits = self.decode_step(idx, input_pos, kv_len)
-        return logits if last is None else logits.take_along_dim(last[:, None, None], 1)
+        return logits if last is None else logits.take_along_dim(last.unsqueeze(-1), 1)
 
     def warm_up(self, batch_size: int) -> float:
         """Compile everything now; the seconds it took."""
@@ -149,7 +149,7 @@ class Engine:
         for T in {1, 2, self.width + 1, FEW_ROWS + 1} & {*range(longest + 1)}:
             idx = torch.zeros(batch_size, T, dtype=torch.int64, device=device)
             input_pos = torch.full_like(idx, model.max_seq_length)  # the spare slot
-            last = None if T <= self.width else input_pos.new_zeros(batch_size)
+            last = None if T <= self.width else input_pos[:, :1] * 0
             for _ in range(3):  # a CUDA graph is compiled, recorded and replayed
                 self.step(idx, input_pos, model.kv_steps(1), last)
         synchronize(device)
@@ -172,7 +172,7 @@ class Engine:
             T = max(map(len, chunk))
             idx = [row + [0] * (T - len(row)) for row in chunk]
             pos = [[*range(begin, begin + len(row))] + [spare] * (T - len(row)) for row in chunk]
-            last = [max(len(row) - 1, 0) for row in chunk]
+            last = [[max(len(row) - 1, 0)] for row in chunk]
             idx, pos, last = (torch.tensor(x, device=device) for x in (idx, pos, last))
             here = torch.tensor([[len(row) > 0] for row in chunk], device=device)
             chunk_logits = self.step(idx, pos, self.model.kv_steps(begin + T), last)[:, 0]

@@ -224,7 +224,7 @@ def quantize_blocks(
     model.setup_caches(0, longest)
     dummy = torch.zeros(1, longest, dtype=torch.long, device=device)
     positions = torch.arange(longest, device=device)[None]
-    model(dummy, positions, longest, last=dummy[:, 0], block=block)
+    model(dummy, positions, longest, last=dummy[:, :1], block=block)
     hessian = torch.zeros(model.args.dim, model.args.dim, device=device)
     for x in states:
         add_inputs(hessian, count, model.output, (model.norm(x),))  # spares us all logits

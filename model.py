@@ -311,7 +311,7 @@ class Transformer(nn.Module):
         """Logits after each token of idx `[B, T]` standing at input_pos `[B, T]`.
 
         Only the first `kv_len` cache positions are looked at: more than every position in use, and
-        see `kv_steps`. Padding stands at position `max_seq_length`. `last` `[B]` picks one index
+        see `kv_steps`. Padding stands at position `max_seq_length`. `last` `[B, N]` picks indices
         of T a row, whose logits alone are computed. `block` is what runs each layer, so that one
         compiled block can serve all. Returns `[B, T, vocab_size]`, or `[B, 1, …]` with `last`.
         """
@@ -324,7 +324,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = block(layer, x, input_pos, freqs_cis, mask)
         if last is not None:
-            x = x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
+            x = x.take_along_dim(last.unsqueeze(-1), 1)
         return self.output(self.norm(x))
 
     def kv_steps(self, length: int) -> int:
