@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import UserError, read_json
-from linear import Linear, linear_for
+from linear import FEW_ROWS, Linear, linear_for
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LLAMA3_BOUNDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -245,10 +245,15 @@ class Attention(nn.Module):
         q = apply_rotary_emb(self.q_norm(q), freqs_cis)
         k = apply_rotary_emb(self.k_norm(k), freqs_cis)
         k, v = self.kv_cache.update(input_pos, k, v, mask.shape[-1])  # [B, H, L, D]
+        q = q.unflatten(2, (k.shape[1], -1))  # [B, T, H, G, D]
+        if B == 1 and T <= FEW_ROWS:
+            # Each position by itself, as a batch: so its sums do not depend on the others.
+            k, v = (cache.expand(T, -1, -1, -1) for cache in (k, v))
+            mask = mask.view(T, 1, -1, mask.shape[-1])
+            y = F.scaled_dot_product_attention(q[0], k, v, attn_mask=mask)  # [T, H, G, D]
+            return self.wo(y.reshape(1, T, -1))
         # The G query heads of a KV head become rows, so that the cache is never repeated.
-        q = (
-            q.unflatten(2, (k.shape[1], -1)).transpose(1, 2).flatten(2, 3)
-        )  # [B, T, H*G, D] -> [B, H, T*G, D]
+        q = q.transpose(1, 2).flatten(2, 3)  # -> [B, H, T*G, D]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.unflatten(2, (T, -1)).transpose(1, 2).reshape(B, T, -1)  # -> [B, T, H*G*D]
         return self.wo(y)
