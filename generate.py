@@ -460,7 +460,7 @@ def check_prompt(prompt: list[int], model: Transformer, what: str = "prompt") ->
 
 def is_length(prompt: str) -> bool:
     """Whether --prompt asks for random tokens."""
-    return prompt.isascii() and prompt.isdecimal() and len(prompt) < 9
+    return prompt.isascii() and prompt.isdecimal()
 
 
 def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
@@ -477,7 +477,8 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
             raise UserError(f"--prompts_file {args.prompts_file} has no line with a prompt")
     elif is_length(args.prompt):
         generator = torch.Generator().manual_seed(args.seed)
-        ids = torch.randint(vocab_size, (int(args.prompt),), generator=generator).tolist()
+        length = min(int(args.prompt[:20]), 2**24)  # longer than any context
+        ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
         return [read_context(args, tokenizer) + ids]
     else:
         texts = [tp.same(sys.stdin.read).removesuffix("\n") if args.prompt == "-" else args.prompt]

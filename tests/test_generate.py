@@ -384,7 +384,7 @@ def test_no_chat_conversation_continues_the_text(run_cli, tmp_path):
         (["--temperature", "nan"], "--temperature"),
         (["--temperature", "inf"], "from 0 to 100"),
         (["--seed", "9" * 30], "--seed"),
-        (["--prompt", "9" * 20], "tokens and the cache 512 positions"),
+        (["--prompt", "9" * 5000], "tokens and the cache 512 positions"),
         (["--prompt", "0"], "prompt is empty"),
         (["--batch_size", "10000"], "from 1 to 4096"),
         (["--json", "/dev/null/figures.json"], "cannot be written"),
