@@ -457,6 +457,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # `&` in a shell ignores it
     )
     process.stdin.write(b"Hello\n")
     process.stdin.flush()
