@@ -119,17 +119,20 @@ class Engine:
         self.cache: PrefillCache | None = None  # of contexts that prompts may begin with
         self.cached_tokens = 0  # of each prompt, those that the last prefill found done
         self.engines = [self]  # as of a `Speculator`
+        model.prepare()
         self.decode_step = self.prefill_step = model
         # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
         # sizes that happen to be equal when it is made are not taken for one and the same.
         torch.fx.experimental._config.use_duck_shape = False
         torch._dynamo.config.recompile_limit = 64  # a graph for each mix of schemes in a block
-        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True)
+        torch._dynamo.config.specialize_float = True  # `eps` is a constant, not a dynamic number
+        options = {"size_asserts": False}  # what they check costs as much as small kernels
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True, options=options)
         if compile == "block":
             self.decode_step = functools.partial(model, block=compiled(TransformerBlock.forward))
         elif compile == "whole":
-            mode = "default" if model.freqs_cis.device.type == "cpu" else "reduce-overhead"
-            self.decode_step = compiled(model, mode=mode)
+            options["triton.cudagraphs"] = model.freqs_cis.device.type == "cuda"
+            self.decode_step = compiled(model)
         if compile_prefill:
             self.prefill_step = functools.partial(model, block=compiled(TransformerBlock.forward))
 

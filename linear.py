@@ -1,8 +1,9 @@
 """The Linear layer of every model here: how a weight is stored, and how it is multiplied.
 
 A checkpoint stores each Linear in one of four ways, told by the names of its tensors (`SCHEMES`).
-What is stored is plain and the same for every device; what a kernel wants is made once, by
-`prepare`, after loading. `dequantize` is the reference that every kernel is tested by.
+What is stored is plain and the same for every device; what a kernel wants is made of it once, by
+`prepare`, when the weights will not change any more. Until then, and wherever there is no kernel,
+plain PyTorch multiplies. `dequantize` is the reference that every kernel is tested by.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
+from kernels import FEW_ROWS
+
 aten = torch.ops.aten
-FEW_ROWS = 32  # up to here kernels that decode as they multiply; above, floats made once pay off
 
 
 class Linear(nn.Module):
@@ -23,30 +26,38 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("tiles", None, persistent=False)  # the weight as kernels.py wants it
 
     def store(self, name: str, dtype: torch.dtype, *shape: int) -> None:
         """Declare a tensor of the checkpoint."""
         setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
 
     def prepare(self) -> None:
-        """Make of the loaded tensors what this device's kernels want."""
+        """Make of the stored tensors what this device's kernels want."""
+        if self.takes_kernels(self.weight.dtype):
+            self.tiles = kernels.pack(self.weight, 2)
+
+    def takes_kernels(self, dtype: torch.dtype) -> bool:
+        """Whether kernels.py can multiply x of this dtype here."""
+        bf16_on_cpu = self.weight.device.type == "cpu" and dtype == torch.bfloat16
+        return bf16_on_cpu and self.in_features % 4 == 0 and kernels.load()
 
     def dequantize(self) -> Tensor:
         """The weight as floats `[out, in]`."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        if x.device.type == "cpu" and rows.shape[0] == 1:
-            # The kernel for one row adds up in another order than that for more, and is no faster.
-            y = F.linear(rows.expand(2, -1), self.weight, self.bias)[:1]
-            return y.unflatten(0, x.shape[:-1])
-        return F.linear(x, self.weight, self.bias)
-
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        """Products y `[M, out]` of the rows of x, shaped like x and with the bias added."""
-        y = y.unflatten(0, x.shape[:-1])
+        y = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x `[M, in]` times the weight: `[M, out]`."""
+        if self.tiles is not None:
+            return torch.ops.tokenbus.linear(x, self.tiles, self.out_features)
+        if x.device.type == "cpu" and len(x) == 1:
+            # Its kernel for one row adds up in another order than that for more, and is no faster.
+            return F.linear(x.expand(2, -1), self.weight)[:1]
+        return F.linear(x, self.weight)
 
 
 class Int8Linear(Linear):
@@ -57,14 +68,19 @@ class Int8Linear(Linear):
         self.store("weight", torch.int8, out_features, in_features)
         self.store("scales", torch.bfloat16, out_features)
 
+    def prepare(self) -> None:
+        if self.takes_kernels(self.scales.dtype):
+            self.tiles = kernels.pack(self.weight, 4)
+
     def dequantize(self) -> Tensor:
         return self.weight.to(self.scales.dtype) * self.scales.unsqueeze(-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        if x.device.type == "cpu" and rows.shape[0] <= FEW_ROWS:
-            return self.finish(torch._weight_int8pack_mm(rows, self.weight, self.scales), x)
-        return self.finish(F.linear(rows, self.weight.to(x.dtype)) * self.scales, x)
+    def product(self, x: Tensor) -> Tensor:
+        if self.tiles is not None:
+            return torch.ops.tokenbus.linear_int8(x, self.tiles, self.scales)
+        if x.device.type == "cpu" and len(x) <= FEW_ROWS:
+            return torch._weight_int8pack_mm(x, self.weight, self.scales)
+        return F.linear(x, self.weight.to(x.dtype)) * self.scales
 
 
 class Int8ActivationLinear(Linear):
@@ -76,17 +92,27 @@ class Int8ActivationLinear(Linear):
         self.store("scales_a8", torch.bfloat16, out_features)
         self.peak = nn.Identity()  # where tp.py asks for the maximum of all ranks' columns
 
+    def prepare(self) -> None:
+        if self.takes_kernels(self.scales_a8.dtype):
+            self.tiles = kernels.pack(self.weight, 4)
+
     def dequantize(self) -> Tensor:
         return self.weight.to(self.scales_a8.dtype) * self.scales_a8.unsqueeze(-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2).float()  # [M, in]
-        step = self.peak(rows.abs().amax(-1, keepdim=True)).clamp(min=1e-12) / 127  # [M, 1]
-        codes = (rows / step).round().to(torch.int8)
-        if x.device.type == "cuda" and rows.shape[0] <= FEW_ROWS:  # its kernel wants more than 16
+    def product(self, x: Tensor) -> Tensor:
+        floats = x.float()
+        step = self.peak(floats.abs().amax(-1, keepdim=True)).clamp(min=1e-12) / 127  # [M, 1]
+        codes = (floats / step).round().to(torch.int8)
+        return (self.integers(codes) * step * self.scales_a8.float()).to(x.dtype)
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """codes int8 `[M, in]` times the weight: int32 `[M, out]`."""
+        if self.tiles is not None:
+            return torch.ops.tokenbus.int_mm(codes, self.tiles, self.out_features)
+        rows = len(codes)
+        if codes.device.type == "cuda" and rows <= FEW_ROWS:  # its kernel wants more than 16
             codes = F.pad(codes, (0, 0, 0, FEW_ROWS))
-        sums = torch._int_mm(codes, self.weight.t())[: rows.shape[0]]  # int32 [M, out]
-        return self.finish((sums * step * self.scales_a8.float()).to(x.dtype), x)
+        return torch._int_mm(codes, self.weight.t())[:rows]
 
 
 class Int4Linear(Linear):
@@ -101,14 +127,17 @@ class Int4Linear(Linear):
         self.groupsize = in_features // groups
         self.store("weight", torch.uint8, out_features, in_features // 2)
         self.store("scales_and_zeros", torch.bfloat16, groups, out_features, 2)
-        self.register_buffer("packed", None, persistent=False)
+        self.register_buffer("grid", None, persistent=False)  # goes with the tiles
+        self.register_buffer("packed", None, persistent=False)  # the weight as torch's ops want it
 
     def prepare(self) -> None:
-        device, rows = self.weight.device.type, self.out_features
-        if device == "cpu" and rows % 16 == 0:
+        device, dtype = self.weight.device.type, self.scales_and_zeros.dtype
+        if self.groupsize % 16 == 0 and self.takes_kernels(dtype):
+            self.tiles, self.grid = kernels.pack_int4(self.weight, self.scales_and_zeros)
+        elif device == "cpu" and self.out_features % 16 == 0:
             codes = unpack_int4(self.weight).int()
             self.packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        if device == "cuda" and rows % 8 == 0 and self.scales_and_zeros.dtype == torch.bfloat16:
+        elif device == "cuda" and self.out_features % 8 == 0 and dtype == torch.bfloat16:
             tiles = [tiles for tiles in (8, 4, 2) if self.in_features % (16 * tiles) == 0]
             if tiles and self.groupsize >= 32:
                 self.packed = aten._convert_weight_to_int4pack(self.weight, tiles[0])
@@ -118,13 +147,14 @@ class Int4Linear(Linear):
         codes = unpack_int4(self.weight).unflatten(1, (-1, self.groupsize)).to(grid.dtype)
         return ((codes - 8) * grid[..., 0] + grid[..., 1]).flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        if self.packed is None or rows.shape[0] > FEW_ROWS:
-            return self.finish(F.linear(rows, self.dequantize()), x)
+    def product(self, x: Tensor) -> Tensor:
+        if self.tiles is not None:
+            return torch.ops.tokenbus.linear_int4(x, self.tiles, self.grid, self.out_features)
+        if self.packed is None or len(x) > FEW_ROWS:
+            return F.linear(x, self.dequantize())
         cpu = x.device.type == "cpu"
         matmul = aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm
-        return self.finish(matmul(rows, self.packed, self.groupsize, self.scales_and_zeros), x)
+        return matmul(x, self.packed, self.groupsize, self.scales_and_zeros)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -219,7 +219,9 @@ class KVCache(nn.Module):
         self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
         self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
 
-    def update(self, input_pos: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, input_pos: Tensor, k: Tensor, v: Tensor, length: int | None
+    ) -> tuple[Tensor, Tensor]:
         """Write k, v `[B, T, H, D]` at input_pos `[B, T]`; return the first `length` positions."""
         rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
         self.k_cache[rows, :, input_pos] = k
@@ -239,11 +241,16 @@ class Attention(nn.Module):
         self.k_norm = norm(args.head_dim, args.norm_eps)
         self.kv_cache: KVCache | None = None
 
-    def forward(self, x: Tensor, input_pos: Tensor, freqs_cis: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, input_pos: Tensor, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         q = apply_rotary_emb(self.q_norm(q), freqs_cis)
         k = apply_rotary_emb(self.k_norm(k), freqs_cis)
+        if mask is None:
+            k, v = self.kv_cache.update(input_pos, k, v, None)
+            return self.wo(torch.ops.tokenbus.attend(q, k, v, input_pos))
         k, v = self.kv_cache.update(input_pos, k, v, mask.shape[-1])  # [B, H, L, D]
         q = q.unflatten(2, (k.shape[1], -1))  # [B, T, H, G, D]
         if B == 1 and T <= FEW_ROWS:
@@ -278,7 +285,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, input_pos: Tensor, freqs_cis: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, input_pos: Tensor, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
         h = x + self.attention(self.attention_norm(x), input_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -292,6 +301,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
         self.max_seq_length = 0
+        self.attends = False  # with kernels.py, where it has to be asked before compilation
 
     def setup_caches(self, batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV cache of every layer and the table of rotations."""
@@ -304,6 +314,15 @@ class Transformer(nn.Module):
         table = torch.stack((angles.cos(), angles.sin()), -1).to(weight.device)
         self.register_buffer("freqs_cis", table, persistent=False)
         self.max_seq_length = max_seq_length
+
+    def prepare(self) -> None:
+        """Make of the weights what the fastest kernels want; to be called when they are final."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepare()
+        width = self.args.head_dim
+        fits = self.output.takes_kernels(self.norm.weight.dtype)
+        self.attends = fits and width % 32 == 0 and width <= 256
 
     def forward(
         self,
@@ -322,10 +341,12 @@ class Transformer(nn.Module):
         """
         x = self.tok_embeddings(idx)  # [B, T] -> [B, T, dim]
         freqs_cis = self.freqs_cis[input_pos]
-        groups = self.args.n_head // self.args.n_local_heads
-        reach = input_pos.repeat_interleave(groups, dim=1)[:, None, :, None]  # [B, 1, T*G, 1]
-        hidden = torch.arange(kv_len, device=idx.device) > reach  # [B, 1, T*G, L]
-        mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill_(hidden, -math.inf)
+        mask = None
+        if not self.attends or idx.shape[1] > FEW_ROWS:
+            groups = self.args.n_head // self.args.n_local_heads
+            reach = input_pos.repeat_interleave(groups, dim=1)[:, None, :, None]  # [B, 1, T*G, 1]
+            hidden = torch.arange(kv_len, device=idx.device) > reach  # [B, 1, T*G, L]
+            mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill_(hidden, -math.inf)
         for layer in self.layers:
             x = block(layer, x, input_pos, freqs_cis, mask)
         if last is not None:
@@ -386,8 +407,6 @@ class Transformer(nn.Module):
         if tied and not shard:
             model.output.weight = model.tok_embeddings.weight  # one tensor, also where it is copied
         model.requires_grad_(False).eval().to(device=device, dtype=dtype)
-        for name in linears:
-            model.get_submodule(name).prepare()
         if shard:
             shard.join(model, tied)
         return model

@@ -218,14 +218,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def needed_bytes(cases: list[Case], args: Namespace, length: int) -> int:
-    """Memory for all candidates at once; int4 is kept twice, as stored and as kernels want it."""
+    """Memory for all candidates at once; weights are kept as stored and as kernels want them."""
     total = 0
     for case in cases:
         model = skeleton(case)
         model.setup_caches(1, length)
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
         size += model.bytes_per_step(length) - model.bytes_per_step(0)
-        total += size * (1 + (case.scheme == "int4") + ("llama.cpp" in args.peers))
+        twice = case.scheme == "int4" or args.device.type == "cpu"
+        total += size * (1 + twice + ("llama.cpp" in args.peers))
         total += size * (case.scheme == "bf16" and "transformers" in args.peers)
     return int(1.2 * total)
 

@@ -127,9 +127,6 @@ def make(case: Case, device: torch.device, length: int) -> Transformer:
         model = quantized(source, skeleton(case), case)
     else:
         model = fill(skeleton(case), device)
-    if case.made:
-        for linear in linears(model).values():
-            linear.prepare()
     model.setup_caches(1, length)
     for layer in model.layers:
         for cache in layer.attention.kv_cache.buffers():
