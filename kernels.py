@@ -56,9 +56,6 @@ constexpr int kPiece = 1 << 15;  // bytes of weights that are worth a thread
 
 void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kAhead, _MM_HINT_T0); }
 
-// The neighbouring columns that stand at p, in every lane.
-__m512i columns(const void* p) { return _mm512_set1_epi32(*static_cast<const int*>(p)); }
-
 __m512i load(const void* tile, int half) {
   return _mm512_loadu_si512(static_cast<const char*>(tile) + 64 * half);
 }
@@ -82,6 +79,21 @@ void blocks_of_rows(int64_t rows, F f) {
   };
   for (int64_t m = 0; m < rows; m += kMost)
     block(m, std::min<int64_t>(rows - m, kMost), std::make_index_sequence<kMost>());
+}
+
+// Rows of x in blocks of kMost: what a lane takes at once of each, 4 bytes, side by side [in, M].
+template <int kMost>
+std::vector<int> interleave(const void* x, int64_t rows, int64_t in) {
+  std::vector<int> result(rows * in);
+  at::parallel_for(0, (rows + kMost - 1) / kMost, 1, [&](int64_t begin, int64_t end) {
+    const auto last = std::min(rows, end * kMost);
+    blocks_of_rows<kMost>(last - begin * kMost, [&](int64_t m, auto M) {
+      const auto from = static_cast<const int*>(x) + (begin * kMost + m) * in;
+      const auto to = result.data() + (begin * kMost + m) * in;
+      for (int64_t k = 0; k < in; k++) ROWS to[k * M + i] = from[i * in + k];
+    });
+  });
+  return result;
 }
 
 // Call f(tile) for every tile of `bytes`, on all threads.
@@ -108,19 +120,20 @@ struct Product {
 
 // ---- bf16: tiles [in / 2, 32, 2] ----------------------------------------------------------------
 
-void multiply(const Product& p, const BFloat16* w, int64_t n) {
+// xs as interleave makes them of p.x; n is the tile's first row.
+void multiply(const Product& p, const int* xs, const BFloat16* w, int64_t n) {
   auto y = static_cast<BFloat16*>(p.y.mutable_data_ptr());
   blocks_of_rows<12>(p.rows, [&](int64_t m, auto M) {
-    auto x = p.x.const_data_ptr<BFloat16>() + m * p.in;
+    auto x = xs + m * p.in / 2;
     __m512 sums[M][2];
     ROWS HALVES sums[i][half] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < p.in; k += 2) {
+    for (int64_t k = 0; k < p.in; k += 2, x += M) {
       const auto at = w + k * kTile;
       if (p.rows <= FEW_ROWS) fetch(at), fetch(at + kTile);
       const __m512bh ws[] = {(__m512bh)load(at, 0), (__m512bh)load(at, 1)};
       ROWS {
-        const auto xs = (__m512bh)columns(x + i * p.in + k);
-        HALVES sums[i][half] = _mm512_dpbf16_ps(sums[i][half], ws[half], xs);
+        const auto both = (__m512bh)_mm512_set1_epi32(x[i]);
+        HALVES sums[i][half] = _mm512_dpbf16_ps(sums[i][half], ws[half], both);
       }
     }
     ROWS HALVES {
@@ -132,9 +145,10 @@ void multiply(const Product& p, const BFloat16* w, int64_t n) {
 
 Tensor linear(const Tensor& x, const Tensor& weight, int64_t out) {
   Product p(x, out, weight, 2, at::kBFloat16);
+  const auto xs = interleave<12>(p.x.const_data_ptr(), p.rows, p.in / 2);
   auto w = weight.const_data_ptr<BFloat16>();
   for_tiles(weight.size(0), p.in * kTile * 2, [&](int64_t tile) {
-    multiply(p, w + tile * kTile * p.in, tile * kTile);
+    multiply(p, xs.data(), w + tile * kTile * p.in, tile * kTile);
   });
   return p.y;
 }
@@ -142,6 +156,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t out) {
 // For many rows. expand(tile, k, half) gives the floats of two columns from k on, in registers.
 template <typename F>
 void multiply_floats(const Product& p, int64_t tiles, F expand) {
+  const auto xs = interleave<12>(p.x.const_data_ptr(), p.rows, p.in / 2);
   for_tiles(tiles, p.in * kTile, [&](int64_t tile) {
     thread_local std::vector<BFloat16> w;
     w.resize(p.in * kTile);
@@ -152,26 +167,26 @@ void multiply_floats(const Product& p, int64_t tiles, F expand) {
         const auto pairs = _mm512_or_si512(bits(even), _mm512_slli_epi32(bits(odd), 16));
         _mm512_storeu_si512(w.data() + k * kTile + half * kTile, pairs);
       }
-    multiply(p, w.data(), tile * kTile);
+    multiply(p, xs.data(), w.data(), tile * kTile);
   });
 }
 
 // ---- int8: tiles [in / 4, 32, 4] ----------------------------------------------------------------
 
-// The instruction multiplies unsigned with signed bytes, exactly. x: M rows of unsigned bytes.
-// sums[M] becomes the sum of the weights alone.
+// The instruction multiplies unsigned with signed bytes, exactly. x: M rows of unsigned bytes, as
+// interleave makes them. sums[M] becomes the sum of the weights alone.
 template <int M>
-void sum_up_int8(const uint8_t* x, int64_t in, const int8_t* w, __m512i (*to)[2]) {
+void sum_up_int8(const int* x, int64_t in, const int8_t* w, __m512i (*to)[2]) {
   __m512i sums[M + 1][2];
   UNROLL for (int i = 0; i <= M; i++) HALVES sums[i][half] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < in; k += 4) {
+  for (int64_t k = 0; k < in; k += 4, x += M) {
     const auto at = w + k * kTile;
     fetch(at), fetch(at + 64);
     const __m512i ws[] = {load(at, 0), load(at, 1)};
     HALVES sums[M][half] = _mm512_dpbusd_epi32(sums[M][half], _mm512_set1_epi8(1), ws[half]);
     ROWS {
-      const auto xs = columns(x + i * in + k);
-      HALVES sums[i][half] = _mm512_dpbusd_epi32(sums[i][half], xs, ws[half]);
+      const auto four = _mm512_set1_epi32(x[i]);
+      HALVES sums[i][half] = _mm512_dpbusd_epi32(sums[i][half], four, ws[half]);
     }
   }
   UNROLL for (int i = 0; i <= M; i++) HALVES to[i][half] = sums[i][half];
@@ -180,13 +195,13 @@ void sum_up_int8(const uint8_t* x, int64_t in, const int8_t* w, __m512i (*to)[2]
 // x int8, y int32.
 Tensor int_mm(const Tensor& x, const Tensor& weight, int64_t out) {
   Product p(x.bitwise_xor(-128), out, weight, 4, at::kInt);  // raised by 128
-  auto xs = static_cast<const uint8_t*>(p.x.const_data_ptr());
+  const auto xs = interleave<12>(p.x.const_data_ptr(), p.rows, p.in / 4);
   auto w = weight.const_data_ptr<int8_t>();
   auto y = p.y.mutable_data_ptr<int>();
   for_tiles(weight.size(0), p.in * kTile, [&](int64_t tile) {
     blocks_of_rows<12>(p.rows, [&](int64_t m, auto M) {
       __m512i sums[M + 1][2];
-      sum_up_int8<M>(xs + m * p.in, p.in, w + tile * kTile * p.in, sums);
+      sum_up_int8<M>(xs.data() + m * p.in / 4, p.in, w + tile * kTile * p.in, sums);
       ROWS HALVES {
         const auto n = tile * kTile + 16 * half;
         const auto sum = _mm512_sub_epi32(sums[i][half], _mm512_slli_epi32(sums[M][half], 7));
@@ -247,11 +262,11 @@ Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scales) 
     return p.y;
   }
   const Bytes bytes(p);
+  const auto xs = interleave<12>(bytes.rows.data(), p.rows * 3, p.in / 4);
   for_tiles(tiles, p.in * kTile, [&](int64_t tile) {
     blocks_of_rows<4>(p.rows, [&](int64_t m, auto M) {
       __m512i sums[3 * M + 1][2];
-      const auto xs = bytes.rows.data() + m * 3 * p.in;
-      sum_up_int8<3 * M>(xs, p.in, w + tile * kTile * p.in, sums);
+      sum_up_int8<3 * M>(xs.data() + m * 3 * p.in / 4, p.in, w + tile * kTile * p.in, sums);
       ROWS HALVES {
         const auto n = tile * kTile + 16 * half;
         auto part = [&](int j) { return sums[3 * i + j][half]; };
@@ -291,21 +306,21 @@ std::pair<__m512, __m512> split(__m512i pairs) {
           (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))};
 }
 
-// x_sums: of the columns of each group, [M, groups].
+// x as interleave makes it; x_sums of the columns of each group, [M, groups].
 template <int M>
-void sum_up_int4(const BFloat16* x, const float* x_sums, int64_t in, const uint8_t* w,
+void sum_up_int4(const int* x, const float* x_sums, int64_t in, const uint8_t* w,
                  const BFloat16* grid, int64_t groups, __m512 (*to)[2]) {
   __m512 sums[M][2];
   ROWS HALVES sums[i][half] = _mm512_setzero_ps();
   for (int64_t k = 0, group = 0; group < groups; group++) {
     __m512 parts[M][2];
     ROWS HALVES parts[i][half] = _mm512_setzero_ps();
-    for (const int64_t end = (group + 1) * (in / groups); k < end; k += 4, w += 64) {
+    for (const int64_t end = (group + 1) * (in / groups); k < end; k += 4, w += 64, x += 2 * M) {
       fetch(w);
       const Pairs ws[] = {{w, 0}, {w, 1}};
       ROWS {
-        const auto low = (__m512bh)columns(x + i * in + k);
-        const auto high = (__m512bh)columns(x + i * in + k + 2);
+        const auto low = (__m512bh)_mm512_set1_epi32(x[i]);
+        const auto high = (__m512bh)_mm512_set1_epi32(x[M + i]);
         HALVES parts[i][half] = _mm512_dpbf16_ps(parts[i][half], ws[half].low, low);
         HALVES parts[i][half] = _mm512_dpbf16_ps(parts[i][half], ws[half].high, high);
       }
@@ -339,20 +354,20 @@ Tensor linear_int4(const Tensor& x, const Tensor& weight, const Tensor& grid, in
     });
     return p.y;
   }
-  auto xs = p.x.const_data_ptr<BFloat16>();
+  const auto xs = interleave<6>(p.x.const_data_ptr(), p.rows, p.in / 2);
   std::vector<float> x_sums(p.rows * groups);
   for (int64_t i = 0; i < p.rows * groups; i++) {
     auto lanes = _mm512_setzero_ps();
     for (int64_t k = 0; k < groupsize; k += 16)
-      lanes = _mm512_add_ps(lanes, floats(xs + i * groupsize + k));
+      lanes = _mm512_add_ps(lanes, floats(p.x.const_data_ptr<BFloat16>() + i * groupsize + k));
     x_sums[i] = _mm512_reduce_add_ps(lanes);
   }
   auto y = p.y.mutable_data_ptr<BFloat16>();
   for_tiles(tiles, p.in * kTile / 2, [&](int64_t tile) {
     blocks_of_rows<6>(p.rows, [&](int64_t m, auto M) {
       __m512 sums[M][2];
-      sum_up_int4<M>(xs + m * p.in, x_sums.data() + m * groups, p.in, w + tile * kTile / 2 * p.in,
-                     g + tile * groups * 2 * kTile, groups, sums);
+      sum_up_int4<M>(xs.data() + m * p.in / 2, x_sums.data() + m * groups, p.in,
+                     w + tile * kTile / 2 * p.in, g + tile * groups * 2 * kTile, groups, sums);
       ROWS HALVES {
         const auto n = tile * kTile + 16 * half;
         store(y + (m + i) * out + n, first(out - n), sums[i][half]);
@@ -375,36 +390,63 @@ __m512 exp(__m512 x) {
   return _mm512_scalef_ps(sum, n);
 }
 
-// softmax(q k / sqrt(D)) v of one query with `length` keys and values, D = 32 M.
-template <int M>
-void attend_one(const BFloat16* q, const BFloat16* k, const BFloat16* v, int64_t length,
-                BFloat16* y) {
-  thread_local std::vector<float> weights;
-  weights.resize((length + 15) / 16 * 16);
-  __m512bh qs[M];
-  ROWS qs[i] = (__m512bh)load(q, i);
-  const float scale = 1 / std::sqrt(32.f * M);
-  float most = -INFINITY;
-  for (int64_t j = 0; j < length; j++) {
-    auto sum = _mm512_setzero_ps();
-    ROWS sum = _mm512_dpbf16_ps(sum, qs[i], (__m512bh)load(k + j * 32 * M, i));
-    weights[j] = _mm512_reduce_add_ps(sum) * scale;
-    most = std::max(most, weights[j]);
+// Lane j of the result is the sum of the lanes of v[j].
+__m512 sums_of_lanes(const __m512* v) {
+  __m512 fours[4], eights[2];
+  for (int i = 0; i < 4; i++, v += 4) {
+    const auto a = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]);
+    const auto b = _mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]);
+    fours[i] = (__m512)(_mm512_unpacklo_pd((__m512d)a, (__m512d)b)) +
+               (__m512)(_mm512_unpackhi_pd((__m512d)a, (__m512d)b));
   }
-  auto total = _mm512_setzero_ps();
-  for (int64_t j = 0; j < length; j += 16) {
-    const auto score = _mm512_loadu_ps(&weights[j]);
-    const auto weight = _mm512_maskz_mov_ps(first(length - j), exp(score - most));
-    _mm512_storeu_ps(&weights[j], weight);
-    total += weight;
-  }
-  __m512 sums[2 * M];
-  UNROLL for (int i = 0; i < 2 * M; i++) sums[i] = _mm512_setzero_ps();
+  auto halve = [](__m512 a, __m512 b) {
+    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+  };
+  for (int i = 0; i < 2; i++) eights[i] = halve(fours[2 * i], fours[2 * i + 1]);
+  return halve(eights[0], eights[1]);
+}
+
+// softmax(q k / sqrt(D)) v of M queries, D = 32 P, that see the same `length` keys and values.
+template <int M, int P>
+void attend_to(const BFloat16* q, const BFloat16* k, const BFloat16* v, int64_t length,
+               BFloat16* y) {
+  constexpr int D = 32 * P;
+  const int64_t room = (length + 15) / 16 * 16;
+  thread_local std::vector<float> memory;
+  memory.resize(M * room);
+  float* const weights = memory.data();  // [M, room]
+  __m512 most[M], total[M], sums[M][2 * P];
+  ROWS most[i] = _mm512_set1_ps(-INFINITY), total[i] = _mm512_setzero_ps();
+  ROWS UNROLL for (int part = 0; part < 2 * P; part++) sums[i][part] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < length; j += 16)
+    ROWS {
+      __m512 products[16];
+      UNROLL for (int key = 0; key < 16; key++) {
+        const auto at = k + (j + 16 <= length ? j + key : std::min(j + key, length - 1)) * D;
+        products[key] = _mm512_setzero_ps();
+        UNROLL for (int part = 0; part < P; part++)
+          products[key] = _mm512_dpbf16_ps(
+              products[key], (__m512bh)load(q + i * D, part), (__m512bh)load(at, part));
+      }
+      const auto score = sums_of_lanes(products) / std::sqrt(float(D));
+      most[i] = _mm512_max_ps(most[i], score);  // what stands behind the last is the last again
+      _mm512_storeu_ps(weights + i * room + j, score);
+    }
+  ROWS most[i] = _mm512_set1_ps(_mm512_reduce_max_ps(most[i]));
+  for (int64_t j = 0; j < length; j += 16)
+    ROWS {
+      const auto score = _mm512_loadu_ps(weights + i * room + j);
+      const auto weight = _mm512_maskz_mov_ps(first(length - j), exp(score - most[i]));
+      _mm512_storeu_ps(weights + i * room + j, weight);
+      total[i] += weight;
+    }
   for (int64_t j = 0; j < length; j++)
-    UNROLL for (int i = 0; i < 2 * M; i++)
-      sums[i] += weights[j] * floats(v + j * 32 * M + 16 * i);
-  const float share = 1 / _mm512_reduce_add_ps(total);
-  UNROLL for (int i = 0; i < 2 * M; i++) store(y + 16 * i, 0xffff, sums[i] * share);
+    UNROLL for (int part = 0; part < 2 * P; part++) {
+      const auto value = floats(v + j * D + 16 * part);
+      ROWS sums[i][part] += weights[i * room + j] * value;
+    }
+  ROWS UNROLL for (int part = 0; part < 2 * P; part++)
+    store(y + i * D + 16 * part, 0xffff, sums[i][part] / _mm512_reduce_add_ps(total[i]));
 }
 
 // q [B, T, heads, D], k and v [B, KV heads, S, D]; each query sees the positions up to its own, of
@@ -417,15 +459,19 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
   auto y = at::zeros({q.size(0), T, heads * D}, q.options());
   auto from = where.const_data_ptr<int64_t>();
   const auto longest = *std::max_element(from, from + where.numel()) + 1;
-  at::parallel_for(0, where.numel() * heads, 2048 / longest + 1, [&](int64_t i, int64_t end) {
-    for (; i < end; i++) {
-      const int64_t row = i / heads, length = from[row] + 1;
+  const int64_t tasks = where.numel() * kv_heads;
+  at::parallel_for(0, tasks, 2048 / (longest * group) + 1, [&](int64_t task, int64_t end) {
+    for (; task < end; task++) {
+      const int64_t row = task / kv_heads, length = from[row] + 1;
       if (length == S) continue;
-      const int64_t cache = (row / T * kv_heads + i % heads / group) * S * D;
-      blocks_of_rows<8>(D / 32, [&](int64_t, auto M) {
-        attend_one<M>(qs.const_data_ptr<BFloat16>() + i * D, k.const_data_ptr<BFloat16>() + cache,
-                      v.const_data_ptr<BFloat16>() + cache, length,
-                      y.mutable_data_ptr<BFloat16>() + i * D);
+      const int64_t cache = (row / T * kv_heads + task % kv_heads) * S * D;
+      blocks_of_rows<8>(D / 32, [&](int64_t, auto P) {
+        blocks_of_rows<std::max(8 / P, 1)>(group, [&](int64_t head, auto M) {
+          const auto at = (task * group + head) * D;
+          attend_to<M, P>(qs.const_data_ptr<BFloat16>() + at, k.const_data_ptr<BFloat16>() + cache,
+                          v.const_data_ptr<BFloat16>() + cache, length,
+                          y.mutable_data_ptr<BFloat16>() + at);
+        });
       });
     }
   });
