@@ -13,8 +13,8 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10",
     py_modules=[
-        *("cli", "linear", "model", "tokenizer", "tp", "prefill_cache", "ranges", "generate"),
-        *("gptq", "quantize", "eval"),
+        *("cli", "kernels", "linear", "model", "tokenizer", "tp", "prefill_cache", "ranges"),
+        *("generate", "gptq", "quantize", "eval"),
     ],
     install_requires=[line.split("#")[0].strip() for line in requirements],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import kernels
 from cli import UserError
 from conftest import CONFIG, random_model, write_checkpoint
 from linear import Linear, linear_for
@@ -301,7 +302,10 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch):
     reason="on other CPUs the kernels of torch for few rows may round differently by their number",
 )
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
-def test_logits_in_bf16_are_the_same_bits_for_one_token_and_for_several(scheme):
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_logits_in_bf16_are_the_same_bits_for_one_token_and_for_several(
+    scheme, with_kernels, monkeypatch
+):
     """So greedy text with speculation is that without it, also between nearly equal tokens."""
     config = CONFIG | {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
     model = random_model(config | {"intermediate_size": 1536}, torch.bfloat16, scale=0.02)
@@ -310,8 +314,11 @@ def test_logits_in_bf16_are_the_same_bits_for_one_token_and_for_several(scheme):
             tensors = quantize(linear.weight, scheme, 32)
             stored = linear_for(linear, tensors)
             stored.load_state_dict(tensors, assign=True)
-            stored.prepare()
             model.set_submodule(name, stored)
+    if not with_kernels:
+        monkeypatch.setattr(kernels, "load", lambda: False)
+    model.bfloat16().prepare()
+    assert model.attends == (with_kernels and kernels.supported())
     ids = torch.randint(300, (1, 90), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(90)[None]
     outcomes = []

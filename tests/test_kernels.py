@@ -1,0 +1,255 @@
+"""The kernels for CPUs agree with floats, and a row has the same bits beside any others."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from conftest import CONFIG, ROOT, random_model
+from linear import Int4Linear, Linear, linear_for
+from quantize import quantize
+
+SCHEMES = ["bf16", "int8", "int8-activation", "int4"]
+SHAPES = [(32, 1), (96, 48), (64, 50), (160, 33), (576, 96), (1536, 31), (2048, 64)]
+ROWS = (*range(1, 10), 11, 12, 13, 24, 25, 31, 32, 33, 48, 100)
+BOUND = 3e-3  # of the norm: that y is rounded to bf16 makes half of it
+needs_kernels = pytest.mark.skipif(not kernels.supported(), reason="not this CPU")
+
+
+def make_linear(scheme: str, width: int, height: int) -> tuple[Linear, torch.Tensor]:
+    """A Linear in bf16, and its weight in float32."""
+    generator = torch.Generator().manual_seed(width + height)
+    linear = Linear(width, height).requires_grad_(False).bfloat16()
+    linear.weight.normal_(generator=generator)
+    if scheme != "bf16":
+        tensors = quantize(linear.weight, scheme, 32)
+        linear = linear_for(linear, tensors)
+        linear.load_state_dict(tensors, assign=True)
+    linear.requires_grad_(False).bfloat16()
+    if isinstance(linear, Int4Linear):  # dequantize in float32: bf16 would round what is compared
+        codes = torch.stack((linear.weight >> 4, linear.weight & 15), -1).view(height, -1, 32)
+        grid = linear.scales_and_zeros.float().transpose(0, 1).unsqueeze(2)
+        return linear, ((codes.float() - 8) * grid[..., 0] + grid[..., 1]).flatten(1)
+    scales = getattr(linear, "scales", getattr(linear, "scales_a8", torch.ones(1)))
+    return linear, linear.weight.float() * scales.float().unsqueeze(-1)
+
+
+def test_where_the_cpu_has_the_instructions_the_kernels_are_there():
+    assert kernels.load() == kernels.supported()
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width, height", SHAPES)
+def test_products_agree_with_floats(scheme, width, height):
+    linear, weight = make_linear(scheme, width, height)
+    linear.prepare()
+    assert linear.tiles is not None
+    x = torch.randn(max(ROWS), width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for rows in ROWS:
+        y, expected = linear(x[None, :rows])[0], F.linear(x[:rows].float(), weight)
+        assert y.shape == expected.shape and y.dtype == torch.bfloat16
+        bound = 0.02 if scheme == "int8-activation" else BOUND
+        if rows > kernels.FEW_ROWS and scheme in ("int8", "int4"):
+            bound += 2e-3  # there weights are rounded to bf16, too
+        assert (y - expected).norm() / expected.norm() < bound, rows
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width, height", SHAPES)
+def test_a_row_gives_the_same_bits_alone_and_among_others(scheme, width, height):
+    linear, _ = make_linear(scheme, width, height)
+    linear.prepare()
+    x = torch.randn(32, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    whole = linear(x)
+    for rows in range(1, 32):
+        assert torch.equal(linear(x[:rows]), whole[:rows]), rows
+        assert torch.equal(linear(x[rows:]), whole[rows:]), rows
+
+
+@needs_kernels
+def test_integers_are_multiplied_exactly():
+    generator = torch.Generator().manual_seed(0)
+    for rows, width, height in ((1, 32, 1), (3, 2048, 40), (12, 68, 33), (50, 5632, 64)):
+        x = torch.randint(-127, 128, (rows, width), dtype=torch.int8, generator=generator)
+        weight = torch.randint(-128, 128, (height, width), dtype=torch.int8, generator=generator)
+        weight[0], x[0] = -128, 127  # the largest sums
+        y = torch.ops.tokenbus.int_mm(x, kernels.pack(weight, 4), height)
+        assert y.dtype == torch.int32 and torch.equal(y.double(), x.double() @ weight.double().t())
+
+
+@needs_kernels
+def test_int8_weights_keep_small_values_beside_large_ones():
+    """x becomes whole numbers of 24 bits: each keeps its bits down to 2^-15 of the largest."""
+    weight = torch.ones(1, 64, dtype=torch.int8)
+    for exponent in (-90, -20, 0, 20, 100):
+        x = torch.zeros(1, 64)
+        x[0, 0], x[0, 1] = 2.0**exponent, -(2.0**exponent)
+        x[0, 2] = 1.9921875 * 2.0 ** (exponent - 15)
+        scales = torch.ones(1, dtype=torch.bfloat16)
+        y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.pack(weight, 4), scales)
+        assert y.item() == x[0, 2].item(), exponent
+    x[0, 3] = float("nan")
+    assert torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.pack(weight, 4), scales).isnan()
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_infinite_and_missing_values_of_x(scheme):
+    linear, _ = make_linear(scheme, 96, 48)
+    linear.prepare()
+    assert not linear(torch.zeros(1, 96).bfloat16()).any()
+    broken = torch.full((2, 96), 1.0)
+    broken[0, 5] = float("nan")
+    y = linear(broken.bfloat16())
+    assert y[1].isfinite().all() and (scheme == "int8-activation" or y[0].isnan().all())
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("heads, group", [(1, 1), (3, 3), (2, 8), (4, 5)])
+def test_attention_agrees_with_floats(width, heads, group):
+    generator = torch.Generator().manual_seed(width)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    for B, T, S in ((1, 1, 2), (1, 1, 17), (2, 5, 300), (1, 32, 77)):
+        q, k, v = 3 * draw(B, T, heads * group, width), *draw(2, B, heads, S, width)
+        positions = torch.randint(S - 1, (B, T), generator=generator)
+        y = torch.ops.tokenbus.attend(q, k, v, positions)
+        scores = torch.einsum("bthgd,bhsd->bthgs", q.float().unflatten(2, (heads, -1)), k.float())
+        hidden = torch.arange(S) > positions[:, :, None]
+        scores = (scores / width**0.5).masked_fill(hidden[:, :, None, None], -float("inf"))
+        expected = torch.einsum("bthgs,bhsd->bthgd", scores.softmax(-1), v.float()).flatten(2)
+        assert y.shape == expected.shape and (y - expected).norm() / expected.norm() < BOUND
+        for t in range(T):
+            one = torch.ops.tokenbus.attend(q[:, t : t + 1], k, v, positions[:, t : t + 1])
+            assert torch.equal(one[:, 0], y[:, t])
+
+
+@needs_kernels
+def test_attention_survives_large_scores_and_skips_padding():
+    q = torch.full((1, 2, 1, 64), 30.0).bfloat16()
+    k, v = torch.full((2, 1, 1, 5, 64), 30.0).bfloat16()
+    k[0, 0, 2] = -30
+    y = torch.ops.tokenbus.attend(q, k, v, torch.tensor([[3, 4]]))  # 4 is the spare slot
+    assert (y[0, 0] == 30).all() and not y[0, 1].any()
+
+
+@needs_kernels
+def test_a_weight_that_does_not_fit_is_refused():
+    x = torch.zeros(1, 64).bfloat16()
+    tiles = kernels.pack(torch.zeros(40, 96).bfloat16(), 2)
+    with pytest.raises(RuntimeError, match="has not been packed"):
+        torch.ops.tokenbus.linear(x, tiles, 40)
+    with pytest.raises(RuntimeError, match="has not been packed"):
+        torch.ops.tokenbus.linear(torch.zeros(1, 96).bfloat16(), tiles, 80)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["linear", "linear_int8", "int_mm", "linear_int4", "attend"])
+def test_compilation_sees_the_shapes(name):
+    """torch's own check: the fake implementation against the real one."""
+    linears = {"linear": "bf16", "linear_int8": "int8", "int_mm": "int8", "linear_int4": "int4"}
+    x = torch.randn(3, 64).bfloat16()
+    if name == "attend":
+        cache = torch.randn(1, 2, 9, 32).bfloat16()
+        args = (torch.randn(1, 3, 4, 32).bfloat16(), cache, cache, torch.tensor([[5, 6, 7]]))
+    else:
+        linear, _ = make_linear(linears[name], 64, 40)
+        linear.prepare()
+        args = (x.to(torch.int8) if name == "int_mm" else x, linear.tiles)
+        args += {"linear_int8": (getattr(linear, "scales", None),), "linear": (40,)}.get(name, ())
+        args += {"int_mm": (40,), "linear_int4": (getattr(linear, "grid", None), 40)}.get(name, ())
+    op = getattr(torch.ops.tokenbus, name).default
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_without_kernels_the_same_layers_run(scheme, monkeypatch):
+    monkeypatch.setattr(kernels, "load", lambda: False)
+    linear, weight = make_linear(scheme, 96, 48)
+    linear.prepare()
+    assert linear.tiles is None
+    for rows in (1, 2, 9, 40):
+        x = torch.randn(rows, 96).bfloat16()
+        expected = F.linear(x.float(), weight)
+        assert (linear(x) - expected).norm() / expected.norm() < 0.02
+
+
+@needs_kernels
+def test_a_model_gives_the_same_with_and_without_kernels():
+    model = random_model(
+        CONFIG | {"hidden_size": 192, "num_attention_heads": 6}, torch.bfloat16, 0.1
+    )
+    ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(40).expand(2, -1)
+    logits = []
+    for prepared in (False, True):
+        if prepared:
+            model.prepare()
+        assert model.attends == prepared
+        for split in (40, 7, 1):  # prefill, and passes of a few tokens
+            model.setup_caches(2, 64)
+            parts = zip(ids.split(split, 1), positions.split(split, 1), strict=True)
+            logits.append(torch.cat([model(idx, pos, 64) for idx, pos in parts], 1).float())
+    exact = random_model(CONFIG | {"hidden_size": 192, "num_attention_heads": 6}, scale=0.1)
+    exact.load_state_dict(model.state_dict())
+    exact.setup_caches(2, 64)
+    expected = exact(ids, positions, 64)
+    errors = [((each - expected).norm() / expected.norm()).item() for each in logits]
+    assert max(errors) < 0.05 and max(errors[3:]) < 1.2 * max(errors[:3]), errors
+
+
+# ---- How they are built --------------------------------------------------------------------------
+
+LOAD = "import kernels, torch; print(kernels.load(), hasattr(torch.ops.tokenbus, 'linear'))"
+
+
+def load_in(folder, **variables) -> subprocess.CompletedProcess:
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "TORCH_EXTENSIONS_DIR": str(folder)}
+    env["PATH"] = f"{sys.executable.rpartition('/')[0]}:{env['PATH']}"
+    command = [sys.executable, "-c", LOAD]
+    return subprocess.run(
+        command, cwd=ROOT, env=env | variables, capture_output=True, text=True, timeout=300
+    )
+
+
+@needs_kernels
+def test_they_are_built_once_also_by_two_processes_at_a_time(tmp_path):
+    first = subprocess.Popen(
+        [sys.executable, "-c", LOAD],
+        cwd=ROOT,
+        env={"PATH": f"{sys.executable.rpartition('/')[0]}:/usr/bin:/bin", "HOME": "/"}
+        | {"TORCH_EXTENSIONS_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    second = load_in(tmp_path)
+    assert first.communicate()[0] == second.stdout == "True True\n", second.stderr
+    assert len(list(tmp_path.iterdir())) == 1  # nothing else is left
+    third = load_in(tmp_path, CXX="/nowhere/compiler")  # needs none any more
+    assert third.stdout == "True True\n" and third.stderr == ""
+
+
+@needs_kernels
+def test_without_a_compiler_a_line_says_so(tmp_path):
+    done = load_in(tmp_path, CXX="/nowhere/compiler")
+    assert done.returncode == 0 and done.stdout == "False False\n"
+    assert "slower than it could be: no kernels for this CPU" in done.stderr
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_other_cpus_are_left_alone(monkeypatch):
+    cpus = ["processor : 0\nflags : fpu avx2 fma\n", "Features : asimd\n", ""]
+    for text in cpus:
+        monkeypatch.setattr(kernels.Path, "read_text", lambda self, text=text: text)
+        assert not kernels.supported()
+    flags = " ".join(kernels.NEEDED)
+    monkeypatch.setattr(kernels.Path, "read_text", lambda self: f"flags\t: fpu {flags}\n")
+    assert kernels.supported()
