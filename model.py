@@ -253,12 +253,6 @@ class Attention(nn.Module):
             return self.wo(torch.ops.tokenbus.attend(q, k, v, input_pos))
         k, v = self.kv_cache.update(input_pos, k, v, mask.shape[-1])  # [B, H, L, D]
         q = q.unflatten(2, (k.shape[1], -1))  # [B, T, H, G, D]
-        if B == 1 and T <= FEW_ROWS:
-            # Each position by itself, as a batch: so its sums do not depend on the others.
-            k, v = (cache.expand(T, -1, -1, -1) for cache in (k, v))
-            mask = mask.view(T, 1, -1, mask.shape[-1])
-            y = F.scaled_dot_product_attention(q[0], k, v, attn_mask=mask)  # [T, H, G, D]
-            return self.wo(y.reshape(1, T, -1))
         # The G query heads of a KV head become rows, so that the cache is never repeated.
         q = q.transpose(1, 2).flatten(2, 3)  # -> [B, H, T*G, D]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -301,7 +295,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
         self.max_seq_length = 0
-        self.attends = False  # with kernels.py, where it has to be asked before compilation
+        self.prepared = self.attends = False  # attends: few positions, by kernels.py
 
     def setup_caches(self, batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV cache of every layer and the table of rotations."""
@@ -316,7 +310,10 @@ class Transformer(nn.Module):
         self.max_seq_length = max_seq_length
 
     def prepare(self) -> None:
-        """Make of the weights what the fastest kernels want; to be called when they are final."""
+        """Make of the weights, which must not change any more, what the fastest kernels want."""
+        if self.prepared:
+            return
+        self.prepared = True
         for module in self.modules():
             if isinstance(module, Linear):
                 module.prepare()

@@ -86,7 +86,8 @@ def attention_title(
     attention: Attention, name: str, x: Tensor, input_pos: Tensor, freqs_cis: Tensor, mask: Tensor
 ) -> str:
     """The range of one call of attention: its bytes are the cached positions it looks at."""
-    read = attention.kv_cache.k_cache[:, :, : mask.shape[-1]]
+    length = int(input_pos.max()) + 1 if mask is None else mask.shape[-1]
+    read = attention.kv_cache.k_cache[:, :, :length]
     return title("Attention", name=name, size=2 * read.nbytes)
 
 

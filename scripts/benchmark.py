@@ -321,6 +321,7 @@ def start(text: str) -> None:
     torch.set_num_threads(words["threads"])
     began = time.perf_counter()
     model = make(case, device, words["length"])
+    model.prepare()
     synchronize(device)
     load_s = time.perf_counter() - began
     began = time.perf_counter()

@@ -1,5 +1,6 @@
 """The kernels for CPUs agree with floats, and a row has the same bits beside any others."""
 
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from conftest import CONFIG, ROOT, random_model
+from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from linear import Int4Linear, Linear, linear_for
 from quantize import quantize
 
@@ -204,6 +205,46 @@ def test_a_model_gives_the_same_with_and_without_kernels():
     expected = exact(ids, positions, 64)
     errors = [((each - expected).norm() / expected.norm()).item() for each in logits]
     assert max(errors) < 0.05 and max(errors[3:]) < 1.2 * max(errors[:3]), errors
+
+
+CACHE = """
+import sys, torch
+from torch._dynamo.utils import counters
+from pathlib import Path
+from generate import Engine
+from model import Transformer
+
+for path in map(Path, sys.argv[1:]):
+    model = Transformer.from_checkpoint(path)
+    model.setup_caches(1, 64)
+    Engine(model, "block").warm_up(1)
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+print(counters["inductor"]["fxgraph_cache_bypass"], counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@needs_kernels
+def test_a_second_process_finds_compiled_blocks_of_every_scheme_in_the_cache(tmp_path):
+    shape = CONFIG | {"hidden_size": 192, "num_attention_heads": 6}
+    paths = [write_checkpoint(tmp_path / "a", shape, torch.bfloat16)]
+    for scheme in SCHEMES[1:]:
+        state = torch.load(paths[0])
+        for name, module in random_model(shape).named_modules():
+            if isinstance(module, Linear):
+                tensors = quantize(state.pop(f"{name}.weight"), scheme, 32)
+                state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+        torch.save(state, tmp_path / "a" / f"model_{scheme}.pth")
+        paths.append(tmp_path / "a" / f"model_{scheme}.pth")
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CACHE, *map(str, paths)]
+    results = []
+    for _ in range(2):
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append([int(word) for word in done.stdout.split()])
+    (hits, misses, bypassed, _), second = results
+    assert misses >= len(SCHEMES) and bypassed == 0
+    assert second[:3] == [hits + misses, 0, 0] and second[3] == hits + misses
 
 
 # ---- How they are built --------------------------------------------------------------------------
