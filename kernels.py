@@ -13,8 +13,10 @@ Up to FEW_ROWS, what a row gives never depends on how many there are: all sums h
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import sys
 import tempfile
@@ -555,10 +557,22 @@ def build(library: Path) -> None:
         os.replace(Path(folder) / library.name, library)
 
 
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """A dense copy that Linux may keep in pages of 2 MB: reading it looks up fewer addresses."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    begin = -(-copy.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = copy.data_ptr() + copy.nbytes - begin
+    if length > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
+        place = ctypes.c_void_p(begin), ctypes.c_size_t(length)
+        ctypes.CDLL(None).madvise(*place, mmap.MADV_HUGEPAGE)  # advice: it may fail
+    return copy.copy_(tensor)
+
+
 def pack(weight: Tensor, columns: int) -> Tensor:
     """Tiles `[out/32, in/columns, 32, columns]` of a weight `[out, in]`, padded with zeros."""
     weight = F.pad(weight, (0, 0, 0, -len(weight) % 32))
-    return weight.view(-1, 32, weight.shape[1] // columns, columns).transpose(1, 2).contiguous()
+    tiles = weight.view(-1, 32, weight.shape[1] // columns, columns).transpose(1, 2)
+    return in_huge_pages(tiles)
 
 
 def pack_int4(weight: Tensor, scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:
