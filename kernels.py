@@ -3,10 +3,10 @@
 Decoding multiplies one row, or the few that speculation judges, with every weight of the model: all
 that counts is that weights stream in from the first byte to the last, and that what is done to them
 keeps up. So each weight is stored anew, once, after loading: in *tiles* of 32 rows, a few columns
-at a time. Prefill multiplies many rows; its weights become bf16
-tile by tile. The C++ below wants the bf16 instructions of AVX-512 (Intel since Cooper Lake and
-Sapphire Rapids, AMD since Zen 4) and is built once, by the first process that needs it. Without
-them, without a compiler or in other dtypes `linear.py` uses torch's own operations.
+at a time. For prefill, which multiplies many rows, tile by tile becomes bf16. The C++ below wants
+the bf16 instructions of AVX-512 (Intel Cooper Lake, Sapphire Rapids and newer; AMD Zen 4 and newer)
+and is built once, by the first process that needs it. Without them, without a compiler or in other
+dtypes `linear.py` uses torch's own operations.
 
 Up to FEW_ROWS, what a row gives never depends on how many there are: all sums have one order.
 """
@@ -36,6 +36,7 @@ SOURCE = r"""
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -98,11 +99,14 @@ std::vector<int> interleave(const void* x, int64_t rows, int64_t in) {
   return result;
 }
 
-// Call f(tile) for every tile of `bytes`, on all threads.
+// Call f(tile) for every tile of `bytes`. A thread takes the next one whenever it has done one: they
+// read near each other, and none waits for another that the system has put aside.
 template <typename F>
 void for_tiles(int64_t tiles, int64_t bytes, F f) {
-  at::parallel_for(0, tiles, kPiece / bytes + 1, [&](int64_t tile, int64_t end) {
-    for (; tile < end; tile++) f(tile);
+  std::atomic<int64_t> next{0};
+  const auto threads = std::min<int64_t>(at::get_num_threads(), tiles * bytes / kPiece + 1);
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) f(tile);
   });
 }
 
@@ -499,7 +503,7 @@ TORCH_LIBRARY_IMPL(tokenbus, CPU, library) {
 }
 """
 
-FLAGS = f"-O3 -fopenmp -DFEW_ROWS={FEW_ROWS} "
+FLAGS = f"-std=c++20 -O3 -fopenmp -DFEW_ROWS={FEW_ROWS} "
 FLAGS += "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni"
 NEEDED = {"fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
 
