@@ -13,10 +13,8 @@ Up to FEW_ROWS, what a row gives never depends on how many there are: all sums h
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
-import mmap
 import os
 import sys
 import tempfile
@@ -36,7 +34,6 @@ SOURCE = r"""
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -99,14 +96,11 @@ std::vector<int> interleave(const void* x, int64_t rows, int64_t in) {
   return result;
 }
 
-// Call f(tile) for every tile of `bytes`. A thread takes the next one whenever it has done one: they
-// read near each other, and none waits for another that the system has put aside.
+// Call f(tile) for every tile of `bytes`, a thread for its tiles in the order of memory.
 template <typename F>
 void for_tiles(int64_t tiles, int64_t bytes, F f) {
-  std::atomic<int64_t> next{0};
-  const auto threads = std::min<int64_t>(at::get_num_threads(), tiles * bytes / kPiece + 1);
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) f(tile);
+  at::parallel_for(0, tiles, kPiece / bytes + 1, [&](int64_t tile, int64_t end) {
+    for (; tile < end; tile++) f(tile);
   });
 }
 
@@ -561,22 +555,10 @@ def build(library: Path) -> None:
         os.replace(Path(folder) / library.name, library)
 
 
-def in_huge_pages(tensor: Tensor) -> Tensor:
-    """A dense copy that Linux may keep in pages of 2 MB: reading it looks up fewer addresses."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    begin = -(-copy.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = copy.data_ptr() + copy.nbytes - begin
-    if length > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
-        place = ctypes.c_void_p(begin), ctypes.c_size_t(length)
-        ctypes.CDLL(None).madvise(*place, mmap.MADV_HUGEPAGE)  # advice: it may fail
-    return copy.copy_(tensor)
-
-
 def pack(weight: Tensor, columns: int) -> Tensor:
     """Tiles `[out/32, in/columns, 32, columns]` of a weight `[out, in]`, padded with zeros."""
     weight = F.pad(weight, (0, 0, 0, -len(weight) % 32))
-    tiles = weight.view(-1, 32, weight.shape[1] // columns, columns).transpose(1, 2)
-    return in_huge_pages(tiles)
+    return weight.view(-1, 32, weight.shape[1] // columns, columns).transpose(1, 2).contiguous()
 
 
 def pack_int4(weight: Tensor, scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:

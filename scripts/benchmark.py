@@ -48,7 +48,6 @@ from generate import (
     start_engine,
     synchronize,
 )
-from kernels import in_huge_pages
 from linear import Linear
 from model import PRESETS, ModelArgs, Transformer, find_device
 from quantize import GROUP_SIZES
@@ -108,8 +107,6 @@ READERS: dict[str, Callable[[Tensor], Tensor]] = {
 def read_bandwidth(device: torch.device) -> float:
     """The bytes a second that all threads together read from memory: the best of five tries."""
     buffer = torch.ones(probe_bytes(device) // 8192 * 2048, device=device)  # written: really there
-    if device.type == "cpu":
-        buffer = in_huge_pages(buffer)
     best = float("inf")
     for _ in range(6):  # the first warms up
         for read in READERS.values():

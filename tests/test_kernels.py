@@ -142,14 +142,6 @@ def test_attention_survives_large_scores_and_skips_padding():
     assert (y[0, 0] == 30).all() and not y[0, 1].any()
 
 
-@pytest.mark.parametrize("shape", [(0,), (1,), (3, 1000), (1 << 21,)])
-def test_a_copy_in_huge_pages_is_a_copy(shape):
-    tensor = torch.randn(shape).T if len(shape) > 1 else torch.randn(shape)
-    copy = kernels.in_huge_pages(tensor)
-    assert torch.equal(copy, tensor) and copy.is_contiguous()
-    assert copy.numel() == 0 or copy.data_ptr() != tensor.data_ptr()
-
-
 @needs_kernels
 def test_a_weight_that_does_not_fit_is_refused():
     x = torch.zeros(1, 64).bfloat16()
