@@ -546,6 +546,8 @@ def build(library: Path) -> None:
     from torch.utils import cpp_extension  # takes a while to import
 
     print("building kernels for this CPU, once ...", file=sys.stderr)
+    places = (os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent))
+    os.environ["PATH"] = os.pathsep.join(places)  # pip puts ninja beside Python
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         source = Path(folder) / "kernels.cpp"

@@ -252,38 +252,31 @@ def test_a_second_process_finds_compiled_blocks_of_every_scheme_in_the_cache(tmp
 LOAD = "import kernels, torch; print(kernels.load(), hasattr(torch.ops.tokenbus, 'linear'))"
 
 
-def load_in(folder, **variables) -> subprocess.CompletedProcess:
+def start_in(folder, **variables) -> subprocess.Popen:
+    """A process that loads the kernels from a folder, as in a shell without the environment."""
     env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "TORCH_EXTENSIONS_DIR": str(folder)}
-    env["PATH"] = f"{sys.executable.rpartition('/')[0]}:{env['PATH']}"
-    command = [sys.executable, "-c", LOAD]
-    return subprocess.run(
-        command, cwd=ROOT, env=env | variables, capture_output=True, text=True, timeout=300
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", LOAD], cwd=ROOT, env=env | variables, **pipes)
 
 
 @needs_kernels
 def test_they_are_built_once_also_by_two_processes_at_a_time(tmp_path):
-    first = subprocess.Popen(
-        [sys.executable, "-c", LOAD],
-        cwd=ROOT,
-        env={"PATH": f"{sys.executable.rpartition('/')[0]}:/usr/bin:/bin", "HOME": "/"}
-        | {"TORCH_EXTENSIONS_DIR": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    second = load_in(tmp_path)
-    assert first.communicate()[0] == second.stdout == "True True\n", second.stderr
+    both = [start_in(tmp_path) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert out == "True True\n", err
     assert len(list(tmp_path.iterdir())) == 1  # nothing else is left
-    third = load_in(tmp_path, CXX="/nowhere/compiler")  # needs none any more
-    assert third.stdout == "True True\n" and third.stderr == ""
+    third = start_in(tmp_path, CXX="/nowhere/compiler")  # needs none any more
+    assert third.communicate(timeout=300) == ("True True\n", "")
 
 
 @needs_kernels
 def test_without_a_compiler_a_line_says_so(tmp_path):
-    done = load_in(tmp_path, CXX="/nowhere/compiler")
-    assert done.returncode == 0 and done.stdout == "False False\n"
-    assert "slower than it could be: no kernels for this CPU" in done.stderr
-    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+    process = start_in(tmp_path, CXX="/nowhere/compiler")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and out == "False False\n"
+    assert "slower than it could be: no kernels for this CPU" in err
+    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
 
 
 def test_other_cpus_are_left_alone(monkeypatch):
