@@ -104,7 +104,7 @@ void for_tiles(int64_t tiles, int64_t bytes, F f) {
   });
 }
 
-// x [rows, in] bf16, made dense, and y [rows, out].
+// x [rows, in], made dense, and room for y [rows, out].
 struct Product {
   const int64_t rows, in, out;
   const Tensor x;
@@ -379,7 +379,7 @@ Tensor linear_int4(const Tensor& x, const Tensor& weight, const Tensor& grid, in
 
 // ---- Attention ----------------------------------------------------------------------------------
 
-// e^x to 2 in 10^7; the remainder's polynomial is the Taylor series.
+// e^x = 2^n e^r, the latter by its Taylor series, whose remainder is under 2 in 10^7 of it.
 __m512 exp(__m512 x) {
   const auto n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   auto r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts
@@ -527,7 +527,11 @@ def load() -> bool:
             build(library)
     except (RuntimeError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        print(f"slower than it could be: no kernels for this CPU ({reason})", file=sys.stderr)
+        advice = "g++ 10 or newer and the package ninja are needed"
+        print(
+            f"slower than it could be: no kernels for this CPU; {advice} ({reason})",
+            file=sys.stderr,
+        )
         return False
     shapes = {
         "linear": lambda x, weight, out: x.new_empty(len(x), out),

@@ -222,7 +222,10 @@ class KVCache(nn.Module):
     def update(
         self, input_pos: Tensor, k: Tensor, v: Tensor, length: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Write k, v `[B, T, H, D]` at input_pos `[B, T]`; return the first `length` positions."""
+        """Write k, v `[B, T, H, D]` at input_pos `[B, T]`; return the first `length` positions.
+
+        Without `length` it returns all of them.
+        """
         rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
         self.k_cache[rows, :, input_pos] = k
         self.v_cache[rows, :, input_pos] = v
@@ -248,7 +251,7 @@ class Attention(nn.Module):
         q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         q = apply_rotary_emb(self.q_norm(q), freqs_cis)
         k = apply_rotary_emb(self.k_norm(k), freqs_cis)
-        if mask is None:
+        if mask is None:  # the kernel goes by input_pos
             k, v = self.kv_cache.update(input_pos, k, v, None)
             return self.wo(torch.ops.tokenbus.attend(q, k, v, input_pos))
         k, v = self.kv_cache.update(input_pos, k, v, mask.shape[-1])  # [B, H, L, D]
@@ -295,7 +298,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
         self.max_seq_length = 0
-        self.prepared = self.attends = False  # attends: few positions, by kernels.py
+        self.prepared = False
+        self.attends = False  # by a kernel that needs no mask, with up to FEW_ROWS positions
 
     def setup_caches(self, batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV cache of every layer and the table of rotations."""
@@ -334,7 +338,7 @@ class Transformer(nn.Module):
         Only the first `kv_len` cache positions are looked at: more than every position in use, and
         see `kv_steps`. Padding stands at position `max_seq_length`. `last` `[B, N]` picks indices
         of T a row, whose logits alone are computed. `block` is what runs each layer, so that one
-        compiled block can serve all. Returns `[B, T, vocab_size]`, or `[B, 1, …]` with `last`.
+        compiled block can serve all. Returns `[B, T, vocab_size]`, or `[B, N, …]` with `last`.
         """
         x = self.tok_embeddings(idx)  # [B, T] -> [B, T, dim]
         freqs_cis = self.freqs_cis[input_pos]

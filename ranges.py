@@ -83,7 +83,12 @@ def module_places(model: Transformer) -> dict[str, Place]:
 
 
 def attention_title(
-    attention: Attention, name: str, x: Tensor, input_pos: Tensor, freqs_cis: Tensor, mask: Tensor
+    attention: Attention,
+    name: str,
+    x: Tensor,
+    input_pos: Tensor,
+    freqs_cis: Tensor,
+    mask: Tensor | None,
 ) -> str:
     """The range of one call of attention: its bytes are the cached positions it looks at."""
     length = int(input_pos.max()) + 1 if mask is None else mask.shape[-1]
