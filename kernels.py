@@ -3,10 +3,12 @@
 Decoding multiplies one row, or the few that speculation judges, with every weight of the model: all
 that counts is that weights stream in from the first byte to the last, and that what is done to them
 keeps up. So each weight is stored anew, once, after loading: in *tiles* of 32 rows, a few columns
-at a time. For prefill, which multiplies many rows, tile by tile becomes bf16. The C++ below wants
-the bf16 instructions of AVX-512 (Intel Cooper Lake, Sapphire Rapids and newer; AMD Zen 4 and newer)
-and is built once, by the first process that needs it. Without them, without a compiler or in other
-dtypes `linear.py` uses torch's own operations.
+at a time. For prefill, which multiplies many rows, tile by tile becomes bf16. Small models wait for
+Python more than for memory: so `Transformer` below is that of `model.py`, all of it one call.
+
+The C++ wants the bf16 instructions of AVX-512 (Intel Cooper Lake, Sapphire Rapids and newer; AMD
+Zen 4 and newer) and is built once, by the first process that needs it. Without them, without a
+compiler or in other dtypes torch's own operations run.
 
 Up to FEW_ROWS, what a row gives never depends on how many there are: all sums have one order.
 """
@@ -30,11 +32,14 @@ SOURCE = r"""
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <immintrin.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -46,15 +51,19 @@ using at::Tensor;
 namespace {
 
 constexpr int kTile = 32;        // rows of the weight in a tile: the lanes of two registers
-constexpr int kAhead = 4096;     // bytes from what is read to what is fetched
 constexpr int kPiece = 1 << 15;  // bytes of weights that are worth a thread
+constexpr int kAhead = 1024;     // bytes from what is read to what is fetched, of bf16;
+constexpr int kFurther = 6144;   // of codes, which take longer: each the fastest where measured
 
 // What has one element for each half of a tile.
 #define HALVES UNROLL for (int half = 0; half < 2; half++)
 // What has one for each of M rows, or parts, in registers.
 #define ROWS UNROLL for (int i = 0; i < M; i++)
 
-void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kAhead, _MM_HINT_T0); }
+// Have the second cache fetch what stands so many bytes behind p.
+void fetch(const void* p, int ahead) {
+  _mm_prefetch(static_cast<const char*>(p) + ahead, _MM_HINT_T1);
+}
 
 __m512i load(const void* tile, int half) {
   return _mm512_loadu_si512(static_cast<const char*>(tile) + 64 * half);
@@ -129,7 +138,7 @@ void multiply(const Product& p, const int* xs, const BFloat16* w, int64_t n) {
     ROWS HALVES sums[i][half] = _mm512_setzero_ps();
     for (int64_t k = 0; k < p.in; k += 2, x += M) {
       const auto at = w + k * kTile;
-      if (p.rows <= FEW_ROWS) fetch(at), fetch(at + kTile);
+      if (p.rows <= FEW_ROWS) fetch(at, kAhead), fetch(at + kTile, kAhead);
       const __m512bh ws[] = {(__m512bh)load(at, 0), (__m512bh)load(at, 1)};
       ROWS {
         const auto both = (__m512bh)_mm512_set1_epi32(x[i]);
@@ -181,7 +190,7 @@ void sum_up_int8(const int* x, int64_t in, const int8_t* w, __m512i (*to)[2]) {
   UNROLL for (int i = 0; i <= M; i++) HALVES sums[i][half] = _mm512_setzero_si512();
   for (int64_t k = 0; k < in; k += 4, x += M) {
     const auto at = w + k * kTile;
-    fetch(at), fetch(at + 64);
+    fetch(at, kFurther), fetch(at + 64, kFurther);
     const __m512i ws[] = {load(at, 0), load(at, 1)};
     HALVES sums[M][half] = _mm512_dpbusd_epi32(sums[M][half], _mm512_set1_epi8(1), ws[half]);
     ROWS {
@@ -192,12 +201,36 @@ void sum_up_int8(const int* x, int64_t in, const int8_t* w, __m512i (*to)[2]) {
   UNROLL for (int i = 0; i <= M; i++) HALVES to[i][half] = sums[i][half];
 }
 
-// x int8, y int32.
-Tensor int_mm(const Tensor& x, const Tensor& weight, int64_t out) {
-  Product p(x.bitwise_xor(-128), out, weight, 4, at::kInt);  // raised by 128
-  const auto xs = interleave<12>(p.x.const_data_ptr(), p.rows, p.in / 4);
+// The largest absolute value of n, by its bits: the exponent, then seven more.
+int peak_bits(const BFloat16* x, int64_t n) {
+  int most = 0;
+  for (int64_t k = 0; k < n; k++) most = std::max<int>(most, x[k].x & 0x7fff);
+  return most;
+}
+
+// Each row of x is rounded to whole numbers of which its peak, of float peaks [rows, 1], is 127.
+Tensor linear_int8_activation(const Tensor& x, const Tensor& weight, const Tensor& scales,
+                              const Tensor& peaks) {
+  const int64_t out = scales.size(0);
+  Product p(x, out, weight, 4, at::kBFloat16);
+  std::vector<uint8_t> bytes(p.rows * p.in);
+  std::vector<float> steps(p.rows);
+  at::parallel_for(0, p.rows, kPiece / p.in + 1, [&](int64_t row, int64_t end) {
+    for (; row < end; row++) {
+      steps[row] = std::max(peaks.const_data_ptr<float>()[row], 1e-12f) / 127;
+      for (int64_t k = 0; k < p.in; k += 16) {
+        const auto mask = first(p.in - k);
+        const auto values = floats(p.x.const_data_ptr<BFloat16>() + row * p.in + k, mask);
+        auto code = _mm512_cvtps_epi32(_mm512_div_ps(values, _mm512_set1_ps(steps[row])));
+        code = _mm512_add_epi32(code, _mm512_set1_epi32(128));  // unsigned
+        _mm_mask_storeu_epi8(bytes.data() + row * p.in + k, mask, _mm512_cvtepi32_epi8(code));
+      }
+    }
+  });
+  const auto xs = interleave<12>(bytes.data(), p.rows, p.in / 4);
   auto w = weight.const_data_ptr<int8_t>();
-  auto y = p.y.mutable_data_ptr<int>();
+  auto s = scales.const_data_ptr<BFloat16>();
+  auto y = p.y.mutable_data_ptr<BFloat16>();
   for_tiles(weight.size(0), p.in * kTile, [&](int64_t tile) {
     blocks_of_rows<12>(p.rows, [&](int64_t m, auto M) {
       __m512i sums[M + 1][2];
@@ -205,7 +238,8 @@ Tensor int_mm(const Tensor& x, const Tensor& weight, int64_t out) {
       ROWS HALVES {
         const auto n = tile * kTile + 16 * half;
         const auto sum = _mm512_sub_epi32(sums[i][half], _mm512_slli_epi32(sums[M][half], 7));
-        _mm512_mask_storeu_epi32(y + (m + i) * out + n, first(out - n), sum);
+        const auto y32 = _mm512_cvtepi32_ps(sum) * _mm512_set1_ps(steps[m + i]);
+        store(y + (m + i) * out + n, first(out - n), y32 * floats(s + n, first(out - n)));
       }
     });
   });
@@ -223,8 +257,7 @@ struct Bytes {
     auto x = p.x.const_data_ptr<BFloat16>();
     auto to = rows.data();
     for (auto& unit : units) {
-      int most = 0;  // the bits of the largest: the exponent, then seven more
-      for (int64_t k = 0; k < p.in; k++) most = std::max<int>(most, x[k].x & 0x7fff);
+      const int most = peak_bits(x, p.in);
       const int shift = 22 + 127 - std::max(most >> 7, 32);
       unit = most < 0x7f80 ? std::ldexp(1.f, -shift) : NAN;
       const auto scale = _mm512_set1_ps(std::ldexp(1.f, shift));
@@ -282,7 +315,7 @@ Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scales) 
   return p.y;
 }
 
-// ---- int4: tiles [in / 4, 32, 2], the first two columns in the low halves of the bytes ----------
+// ---- int4: tiles [in / 8, 32, 2] of 16-bit words, the even and the odd columns ------------------
 
 const __m512i kValues = [] {
   std::array<BFloat16, 32> values;
@@ -290,15 +323,10 @@ const __m512i kValues = [] {
   return _mm512_loadu_si512(values.data());
 }();
 
-struct Pairs {  // of columns: the codes as bf16
-  __m512bh low, high;
-  Pairs(const uint8_t* codes, int half) {
-    const auto bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + half);
-    const auto words = _mm512_cvtepu8_epi16(bytes);
-    low = (__m512bh)_mm512_permutexvar_epi16(words, kValues);
-    high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), kValues);
-  }
-};
+// Pair number `pair` of columns of the four in words: the codes as bf16.
+__m512bh values(__m512i words, int pair) {
+  return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * pair), kValues);
+}
 
 // The even and the odd elements.
 std::pair<__m512, __m512> split(__m512i pairs) {
@@ -315,14 +343,15 @@ void sum_up_int4(const int* x, const float* x_sums, int64_t in, const uint8_t* w
   for (int64_t k = 0, group = 0; group < groups; group++) {
     __m512 parts[M][2];
     ROWS HALVES parts[i][half] = _mm512_setzero_ps();
-    for (const int64_t end = (group + 1) * (in / groups); k < end; k += 4, w += 64, x += 2 * M) {
-      fetch(w);
-      const Pairs ws[] = {{w, 0}, {w, 1}};
-      ROWS {
-        const auto low = (__m512bh)_mm512_set1_epi32(x[i]);
-        const auto high = (__m512bh)_mm512_set1_epi32(x[M + i]);
-        HALVES parts[i][half] = _mm512_dpbf16_ps(parts[i][half], ws[half].low, low);
-        HALVES parts[i][half] = _mm512_dpbf16_ps(parts[i][half], ws[half].high, high);
+    for (const int64_t end = (group + 1) * (in / groups); k < end; k += 8, w += 128, x += 4 * M) {
+      fetch(w, kFurther), fetch(w + 64, kFurther);
+      const __m512i words[] = {load(w, 0), load(w, 1)};
+      UNROLL for (int pair = 0; pair < 4; pair++) {
+        const __m512bh ws[] = {values(words[0], pair), values(words[1], pair)};
+        ROWS {
+          const auto both = (__m512bh)_mm512_set1_epi32(x[pair * M + i]);
+          HALVES parts[i][half] = _mm512_dpbf16_ps(parts[i][half], ws[half], both);
+        }
       }
     }
     HALVES {
@@ -340,7 +369,7 @@ void sum_up_int4(const int* x, const float* x_sums, int64_t in, const uint8_t* w
 // grid bf16 [tiles, groups, 32, 2]: scales and zeros.
 Tensor linear_int4(const Tensor& x, const Tensor& weight, const Tensor& grid, int64_t out) {
   const int64_t tiles = weight.size(0), groups = grid.size(1);
-  Product p(x, out, weight, 4, at::kBFloat16);
+  Product p(x, out, weight, 8, at::kBFloat16);
   const int64_t groupsize = p.in / groups;
   auto w = weight.const_data_ptr<uint8_t>();
   auto g = grid.const_data_ptr<BFloat16>();
@@ -348,8 +377,8 @@ Tensor linear_int4(const Tensor& x, const Tensor& weight, const Tensor& grid, in
     multiply_floats(p, tiles, [&](int64_t tile, int64_t k, int half) {
       const auto at = g + (tile * groups + k / groupsize) * 2 * kTile;
       const auto [scale, zero] = split(load(at, half));
-      const Pairs codes(w + (tile * p.in + k / 4 * 4) * kTile / 2, half);
-      const auto [even, odd] = split((__m512i)(k % 4 ? codes.high : codes.low));
+      const auto words = load(w + (tile * p.in + k / 8 * 8) * kTile / 2, half);
+      const auto [even, odd] = split((__m512i)values(words, k % 8 / 2));
       return std::pair(_mm512_fmadd_ps(even, scale, zero), _mm512_fmadd_ps(odd, scale, zero));
     });
     return p.y;
@@ -459,15 +488,17 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
   auto y = at::zeros({q.size(0), T, heads * D}, q.options());
   auto from = where.const_data_ptr<int64_t>();
   const auto longest = *std::max_element(from, from + where.numel()) + 1;
-  const int64_t tasks = where.numel() * kv_heads;
-  at::parallel_for(0, tasks, 2048 / (longest * group) + 1, [&](int64_t task, int64_t end) {
+  const int64_t rows = where.numel();
+  const auto grain = 2048 / (longest * group) + 1;
+  at::parallel_for(0, rows * kv_heads, grain, [&](int64_t task, int64_t end) {
     for (; task < end; task++) {
-      const int64_t row = task / kv_heads, length = from[row] + 1;
+      const int64_t kv_head = task / rows, i = task % rows;
+      const int64_t row = i % 2 ? rows - 1 - i / 2 : i / 2;  // early and late ones in turn
+      const int64_t length = from[row] + 1, cache = (row / T * kv_heads + kv_head) * S * D;
       if (length == S) continue;
-      const int64_t cache = (row / T * kv_heads + task % kv_heads) * S * D;
       blocks_of_rows<8>(D / 32, [&](int64_t, auto P) {
         blocks_of_rows<std::max(8 / P, 1)>(group, [&](int64_t head, auto M) {
-          const auto at = (task * group + head) * D;
+          const auto at = ((row * kv_heads + kv_head) * group + head) * D;
           attend_to<M, P>(qs.const_data_ptr<BFloat16>() + at, k.const_data_ptr<BFloat16>() + cache,
                           v.const_data_ptr<BFloat16>() + cache, length,
                           y.mutable_data_ptr<BFloat16>() + at);
@@ -478,20 +509,199 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
   return y;
 }
 
+// ---- The whole model, rounded to bf16 wherever model.py does --------------------------
+
+__m512 rounded(__m512 x) {
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
+}
+
+// model.RMSNorm of n elements.
+void normalize(const BFloat16* x, const BFloat16* weight, int64_t n, double eps, BFloat16* y) {
+  auto squares = _mm512_setzero_ps();
+  for (int64_t k = 0; k < n; k += 16) {
+    const auto value = floats(x + k, first(n - k));
+    squares = _mm512_fmadd_ps(value, value, squares);
+  }
+  const auto scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / n + eps));
+  for (int64_t k = 0; k < n; k += 16) {
+    const auto mask = first(n - k);
+    store(y + k, mask, rounded(floats(x + k, mask) * scale) * floats(weight + k, mask));
+  }
+}
+
+Tensor norm(const Tensor& x, const Tensor& weight, double eps) {
+  auto y = at::empty(x.sizes(), x.options());
+  const int64_t n = x.size(1);
+  at::parallel_for(0, x.size(0), kPiece / n + 1, [&](int64_t row, int64_t end) {
+    for (; row < end; row++)
+      normalize(x.const_data_ptr<BFloat16>() + row * n, weight.const_data_ptr<BFloat16>(), n, eps,
+                y.mutable_data_ptr<BFloat16>() + row * n);
+  });
+  return y;
+}
+
+// y = f(x, y), in floats; x [rows, n] or [n].
+template <typename F>
+void update(const Tensor& y, const Tensor& x, F f) {
+  const int64_t n = y.size(1), step = x.dim() == 2 ? n : 0;
+  at::parallel_for(0, y.size(0), kPiece / n + 1, [&](int64_t row, int64_t end) {
+    for (; row < end; row++) {
+      auto to = y.mutable_data_ptr<BFloat16>() + row * n;
+      auto from = x.const_data_ptr<BFloat16>() + row * step;
+      for (int64_t k = 0; k < n; k += 16) {
+        const auto mask = first(n - k);
+        store(to + k, mask, f(floats(from + k, mask), floats(to + k, mask)));
+      }
+    }
+  });
+}
+
+__m512 add(__m512 x, __m512 y) { return x + y; }
+
+__m512 gate(__m512 x, __m512 y) { return rounded(x / (1.f + exp(-x))) * y; }  // silu(x) y
+
+// A Linear: its weight as packed, what goes with it by scheme, and perhaps a bias.
+struct Weight {
+  const int64_t scheme;
+  const Tensor tiles;
+  const std::optional<Tensor> grid, bias;
+
+  int64_t in() const { return tiles.size(1) * (scheme == 0 ? 2 : scheme == 3 ? 8 : 4); }
+
+  Tensor times(const Tensor& x, int64_t out) const {
+    auto y = product(x, out);
+    if (bias) update(y, *bias, add);
+    return y;
+  }
+
+  Tensor product(const Tensor& x, int64_t out) const {
+    if (scheme == 0) return linear(x, tiles, out);
+    if (scheme == 1) return linear_int8(x, tiles, *grid);
+    if (scheme == 3) return linear_int4(x, tiles, *grid, out);
+    auto peaks = at::empty({x.size(0), 1}, at::kFloat);
+    for (int64_t row = 0; row < x.size(0); row++) {
+      const int bits = peak_bits(x.const_data_ptr<BFloat16>() + row * in(), in()) << 16;
+      std::memcpy(peaks.mutable_data_ptr<float>() + row, &bits, 4);
+    }
+    return linear_int8_activation(x, tiles, *grid, peaks);
+  }
+};
+
+// Rotate the heads of q and k in qkv [rows, heads, D], after a norm if there is one, by freqs
+// [S, D / 2, 2]; write k and v to the caches [B, KV heads, S, D]. Returns q [B, T, heads, D].
+Tensor rotate(const Tensor& qkv, const Tensor& positions, const Tensor& freqs,
+              const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& q_norm,
+              const std::optional<Tensor>& k_norm, double eps) {
+  const int64_t all = qkv.size(1), D = qkv.size(2), kv_heads = k_cache.size(1);
+  const int64_t S = k_cache.size(2), T = positions.size(1), heads = all - 2 * kv_heads;
+  auto q = at::empty({positions.size(0), T, heads, D}, qkv.options());
+  at::parallel_for(0, positions.numel(), kPiece / (all * D) + 1, [&](int64_t row, int64_t end) {
+    for (; row < end; row++) {
+      const auto position = positions.const_data_ptr<int64_t>()[row];
+      TORCH_CHECK(position >= 0 && position < S, "position ", position, " of a cache of ", S);
+      const auto turns = freqs.const_data_ptr<float>() + position * D;
+      for (int64_t head = 0; head < all; head++) {
+        const auto from = qkv.mutable_data_ptr<BFloat16>() + (row * all + head) * D;
+        const auto kv_head = (head - heads) % kv_heads;
+        const auto place = ((row / T * kv_heads + kv_head) * S + position) * D;
+        if (head >= heads + kv_heads) {
+          std::copy_n(from, D, v_cache.mutable_data_ptr<BFloat16>() + place);
+          continue;
+        }
+        const auto& weight = head < heads ? q_norm : k_norm;
+        if (weight) normalize(from, weight->const_data_ptr<BFloat16>(), D, eps, from);
+        const auto to = head < heads ? q.mutable_data_ptr<BFloat16>() + (row * heads + head) * D
+                                     : k_cache.mutable_data_ptr<BFloat16>() + place;
+        for (int64_t k = 0; k < D; k += 16) {
+          const auto x = floats(from + k), turn = _mm512_loadu_ps(turns + k);
+          const auto across = _mm512_permute_ps(x, 0xb1) * _mm512_movehdup_ps(turn);
+          store(to + k, 0xffff, _mm512_fmaddsub_ps(x, _mm512_moveldup_ps(turn), across));
+        }
+      }
+    }
+  });
+  return q;
+}
+
+struct Layer {
+  const Tensor attention_norm, ffn_norm;
+  const std::optional<Tensor> q_norm, k_norm;
+  const Tensor k_cache, v_cache;
+  const Weight wqkv, wo, w1, w3, w2;
+};
+
+// model.Transformer. tensors: for each layer those of Layer, three for each Weight, then the last
+// norm and the output; schemes: of each Weight.
+class Transformer : public torch::CustomClassHolder {
+ public:
+  Transformer(Tensor embedding, Tensor freqs_cis, c10::List<std::optional<Tensor>> tensors,
+              std::vector<int64_t> schemes, double eps)
+      : embedding(embedding), freqs_cis(freqs_cis), eps(eps) {
+    size_t at = 0, weights = 0;
+    auto maybe = [&]() -> std::optional<Tensor> { return tensors.get(at++); };
+    auto one = [&] { return *maybe(); };
+    auto weight = [&] { return Weight{schemes[weights++], one(), maybe(), maybe()}; };
+    while (weights + 1 < schemes.size())
+      layers.push_back(Layer{one(), one(), maybe(), maybe(), one(), one(), weight(), weight(),
+                             weight(), weight(), weight()});
+    last_norm = one();
+    output.emplace(weight());
+  }
+
+  // idx and input_pos [B, T], last [B, N]: the logits [B, T, vocabulary], or [B, N, ...].
+  Tensor forward(const Tensor& idx, const Tensor& input_pos, const std::optional<Tensor>& last) {
+    const int64_t B = idx.size(0), vocabulary = embedding.size(0), dim = embedding.size(1);
+    const auto positions = input_pos.contiguous();
+    auto x = embedding.index_select(0, idx.flatten());
+    for (const auto& layer : layers) x = block(layer, x, positions);
+    if (last) x = x.view({B, -1, dim}).take_along_dim(last->unsqueeze(-1), 1).view({-1, dim});
+    return output->times(norm(x, last_norm, eps), vocabulary).view({B, -1, vocabulary});
+  }
+
+ private:
+  // x [B T, dim].
+  Tensor block(const Layer& layer, const Tensor& x, const Tensor& positions) {
+    const auto& [attention_norm, ffn_norm, q_norm, k_norm, k_cache, v_cache, wqkv, wo, w1, w3, w2] =
+        layer;
+    const int64_t dim = x.size(1), D = k_cache.size(3), width = wo.in();
+    const auto qkv = wqkv.times(norm(x, attention_norm, eps), width + 2 * k_cache.size(1) * D);
+    const auto q = rotate(qkv.view({x.size(0), -1, D}), positions, freqs_cis, k_cache, v_cache,
+                          q_norm, k_norm, eps);
+    const auto h = wo.times(attend(q, k_cache, v_cache, positions).view({-1, width}), dim);
+    update(h, x, add);
+    const auto normed = norm(h, ffn_norm, eps);
+    const auto up = w3.times(normed, w2.in());
+    update(up, w1.times(normed, w2.in()), gate);
+    const auto y = w2.times(up, dim);
+    update(y, h, add);
+    return y;
+  }
+
+  Tensor embedding, freqs_cis, last_norm;
+  std::vector<Layer> layers;
+  std::optional<Weight> output;
+  double eps;
+};
+
 }  // namespace
 
 TORCH_LIBRARY(tokenbus, library) {
   library.def("linear(Tensor x, Tensor weight, int out) -> Tensor");
   library.def("linear_int8(Tensor x, Tensor weight, Tensor scales) -> Tensor");
-  library.def("int_mm(Tensor x, Tensor weight, int out) -> Tensor");
+  library.def(
+      "linear_int8_activation(Tensor x, Tensor weight, Tensor scales, Tensor peaks) -> Tensor");
   library.def("linear_int4(Tensor x, Tensor weight, Tensor grid, int out) -> Tensor");
   library.def("attend(Tensor q, Tensor k, Tensor v, Tensor positions) -> Tensor");
+  library.class_<Transformer>("Transformer")
+      .def(torch::init<Tensor, Tensor, c10::List<std::optional<Tensor>>, std::vector<int64_t>,
+                       double>())
+      .def("forward", &Transformer::forward);
 }
 
 TORCH_LIBRARY_IMPL(tokenbus, CPU, library) {
   library.impl("linear", linear);
   library.impl("linear_int8", linear_int8);
-  library.impl("int_mm", int_mm);
+  library.impl("linear_int8_activation", linear_int8_activation);
   library.impl("linear_int4", linear_int4);
   library.impl("attend", attend);
 }
@@ -536,7 +746,7 @@ def load() -> bool:
     shapes = {
         "linear": lambda x, weight, out: x.new_empty(len(x), out),
         "linear_int8": lambda x, weight, scales: x.new_empty(len(x), len(scales)),
-        "int_mm": lambda x, weight, out: x.new_empty(len(x), out, dtype=torch.int32),
+        "linear_int8_activation": lambda x, weight, scales, peaks: x.new_empty(len(x), len(scales)),
         "linear_int4": lambda x, weight, grid, out: x.new_empty(len(x), out),
         "attend": lambda q, k, v, positions: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
     }
@@ -569,7 +779,8 @@ def pack(weight: Tensor, columns: int) -> Tensor:
 
 def pack_int4(weight: Tensor, scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:
     """Tiles of a weight stored as in `linear.Int4Linear`, codes and grid as for `linear_int4`."""
-    a, b = weight.view(len(weight), -1, 2).unbind(-1)  # columns 0 and 1, columns 2 and 3
-    codes = torch.stack((a >> 4 | b & 0xF0, a & 15 | b << 4), -1).flatten(1)
+    even, odd = weight >> 4, weight & 15  # columns
+    codes = torch.stack((even[:, ::2] | even[:, 1::2] << 4, odd[:, ::2] | odd[:, 1::2] << 4), -1)
+    codes = codes.view(len(weight), -1, 2, 2).transpose(2, 3).flatten(1)
     grid = F.pad(scales_and_zeros, (0, 0, 0, -len(weight) % 32)).unflatten(1, (-1, 32))
-    return pack(codes, 2), grid.transpose(0, 1).contiguous()
+    return pack(codes, 4), grid.transpose(0, 1).contiguous()

@@ -21,12 +21,15 @@ aten = torch.ops.aten
 class Linear(nn.Module):
     """`y = x @ weight.T + bias`: x `[..., in]`, weight float `[out, in]`."""
 
+    scheme = 0  # its number in kernels.py
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_buffer("tiles", None, persistent=False)  # the weight as kernels.py wants it
+        self.register_buffer("grid", None, persistent=False)  # what goes with the tiles
 
     def store(self, name: str, dtype: torch.dtype, *shape: int) -> None:
         """Declare a tensor of the checkpoint."""
@@ -50,6 +53,10 @@ class Linear(nn.Module):
         y = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
+    def operands(self) -> list[Tensor | None]:
+        """What kernels.py takes for a Linear."""
+        return [self.tiles, self.grid, self.bias]
+
     def product(self, x: Tensor) -> Tensor:
         """x `[M, in]` times the weight: `[M, out]`."""
         if self.tiles is not None:
@@ -60,6 +67,8 @@ class Linear(nn.Module):
 class Int8Linear(Linear):
     """Weight int8 `[out, in]`, scales `[out]`: value = weight * scale."""
 
+    scheme = 1
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
         self.store("weight", torch.int8, out_features, in_features)
@@ -67,14 +76,14 @@ class Int8Linear(Linear):
 
     def prepare(self) -> None:
         if self.takes_kernels(self.scales.dtype):
-            self.tiles = kernels.pack(self.weight, 4)
+            self.tiles, self.grid = kernels.pack(self.weight, 4), self.scales.data
 
     def dequantize(self) -> Tensor:
         return self.weight.to(self.scales.dtype) * self.scales.unsqueeze(-1)
 
     def product(self, x: Tensor) -> Tensor:
         if self.tiles is not None:
-            return torch.ops.tokenbus.linear_int8(x, self.tiles, self.scales)
+            return torch.ops.tokenbus.linear_int8(x, self.tiles, self.grid)
         if x.device.type == "cpu" and len(x) <= FEW_ROWS:
             return torch._weight_int8pack_mm(x, self.weight, self.scales)
         return F.linear(x, self.weight.to(x.dtype)) * self.scales
@@ -82,6 +91,8 @@ class Int8Linear(Linear):
 
 class Int8ActivationLinear(Linear):
     """Weight as in `Int8Linear`; x is rounded to int8, row by row, and integers are multiplied."""
+
+    scheme = 2
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
@@ -91,25 +102,22 @@ class Int8ActivationLinear(Linear):
 
     def prepare(self) -> None:
         if self.takes_kernels(self.scales_a8.dtype):
-            self.tiles = kernels.pack(self.weight, 4)
+            self.tiles, self.grid = kernels.pack(self.weight, 4), self.scales_a8.data
 
     def dequantize(self) -> Tensor:
         return self.weight.to(self.scales_a8.dtype) * self.scales_a8.unsqueeze(-1)
 
     def product(self, x: Tensor) -> Tensor:
-        floats = x.float()
-        step = self.peak(floats.abs().amax(-1, keepdim=True)).clamp(min=1e-12) / 127  # [M, 1]
-        codes = (floats / step).round().to(torch.int8)
-        return (self.integers(codes) * step * self.scales_a8.float()).to(x.dtype)
-
-    def integers(self, codes: Tensor) -> Tensor:
-        """codes int8 `[M, in]` times the weight: int32 `[M, out]`."""
+        peaks = self.peak(x.abs().amax(-1, keepdim=True).float())  # [M, 1]
         if self.tiles is not None:
-            return torch.ops.tokenbus.int_mm(codes, self.tiles, self.out_features)
+            return torch.ops.tokenbus.linear_int8_activation(x, self.tiles, self.grid, peaks)
+        step = peaks.clamp(min=1e-12) / 127
+        codes = (x.float() / step).round().to(torch.int8)
         rows = len(codes)
         if codes.device.type == "cuda" and rows <= FEW_ROWS:  # its kernel wants more than 16
             codes = F.pad(codes, (0, 0, 0, FEW_ROWS))
-        return torch._int_mm(codes, self.weight.t())[:rows]
+        y = torch._int_mm(codes, self.weight.t())[:rows]
+        return (y * step * self.scales_a8.float()).to(x.dtype)
 
 
 class Int4Linear(Linear):
@@ -119,12 +127,13 @@ class Int4Linear(Linear):
     value = (code - 8) * scale + zero.
     """
 
+    scheme = 3
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False, groups: int = 1):
         super().__init__(in_features, out_features, bias)
         self.groupsize = in_features // groups
         self.store("weight", torch.uint8, out_features, in_features // 2)
         self.store("scales_and_zeros", torch.bfloat16, groups, out_features, 2)
-        self.register_buffer("grid", None, persistent=False)  # goes with the tiles
         self.register_buffer("packed", None, persistent=False)  # the weight as torch's ops want it
 
     def prepare(self) -> None:

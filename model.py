@@ -300,10 +300,12 @@ class Transformer(nn.Module):
         self.max_seq_length = 0
         self.prepared = False
         self.attends = False  # by a kernel that needs no mask, with up to FEW_ROWS positions
+        self.kernel: Any = None  # all of `forward` in one, if kernels.py can
+        self.whole = True  # not one rank's part
 
     def setup_caches(self, batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV cache of every layer and the table of rotations."""
-        args, weight = self.args, self.norm.weight
+        args, weight, self.kernel = self.args, self.norm.weight, None  # it holds the old ones
         for layer in self.layers:
             shape = (batch_size, args.n_local_heads, max_seq_length, args.head_dim)
             layer.attention.kv_cache = KVCache(*shape, like=weight)
@@ -312,6 +314,7 @@ class Transformer(nn.Module):
         table = torch.stack((angles.cos(), angles.sin()), -1).to(weight.device)
         self.register_buffer("freqs_cis", table, persistent=False)
         self.max_seq_length = max_seq_length
+        self.fuse()
 
     def prepare(self) -> None:
         """Make of the weights, which must not change any more, what the fastest kernels want."""
@@ -324,6 +327,26 @@ class Transformer(nn.Module):
         width = self.args.head_dim
         fits = self.output.takes_kernels(self.norm.weight.dtype)
         self.attends = fits and width % 32 == 0 and width <= 256
+        self.fuse()
+
+    def fuse(self) -> None:
+        """Make `kernel` of the prepared weights and the cache, if both are there and it can be."""
+        if not (self.attends and self.whole and self.max_seq_length):
+            return
+        tensors, linears = [], []
+        for layer in self.layers:
+            attention, ffn, cache = layer.attention, layer.feed_forward, layer.attention.kv_cache
+            norms = (layer.attention_norm, layer.ffn_norm, attention.q_norm, attention.k_norm)
+            tensors += [getattr(norm, "weight", None) for norm in norms]
+            tensors += [cache.k_cache, cache.v_cache]
+            linears += [attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2]
+            tensors += [t for linear in linears[-5:] for t in linear.operands()]
+        tensors += [self.norm.weight, *self.output.operands()]
+        linears.append(self.output)
+        if all(linear.tiles is not None for linear in linears):
+            weights = self.tok_embeddings.weight, self.freqs_cis, tensors
+            schemes = [linear.scheme for linear in linears]
+            self.kernel = torch.classes.tokenbus.Transformer(*weights, schemes, self.args.norm_eps)
 
     def forward(
         self,
@@ -331,15 +354,19 @@ class Transformer(nn.Module):
         input_pos: Tensor,
         kv_len: int,
         last: Tensor | None = None,
-        block: Callable = TransformerBlock.forward,
+        block: Callable | None = None,
     ) -> Tensor:
         """Logits after each token of idx `[B, T]` standing at input_pos `[B, T]`.
 
         Only the first `kv_len` cache positions are looked at: more than every position in use, and
         see `kv_steps`. Padding stands at position `max_seq_length`. `last` `[B, N]` picks indices
         of T a row, whose logits alone are computed. `block` is what runs each layer, so that one
-        compiled block can serve all. Returns `[B, T, vocab_size]`, or `[B, N, …]` with `last`.
+        compiled block can serve all; without it `kernel` runs the whole model, if there is one.
+        Returns `[B, T, vocab_size]`, or `[B, N, …]` with `last`.
         """
+        if self.kernel is not None and block is None:
+            return self.kernel.forward(idx, input_pos, last)
+        block = block or TransformerBlock.forward
         x = self.tok_embeddings(idx)  # [B, T] -> [B, T, dim]
         freqs_cis = self.freqs_cis[input_pos]
         mask = None

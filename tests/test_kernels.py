@@ -1,5 +1,6 @@
 """The kernels for CPUs agree with floats, and a row has the same bits beside any others."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,10 +8,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 import kernels
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
+from generate import Engine
 from linear import Int4Linear, Linear, linear_for
+from model import Transformer, TransformerBlock
 from quantize import quantize
 
 SCHEMES = ["bf16", "int8", "int8-activation", "int4"]
@@ -20,6 +24,11 @@ BOUND = 3e-3  # of the norm: that y is rounded to bf16 makes half of it
 needs_kernels = pytest.mark.skipif(
     not kernels.supported(), reason="needs the bf16 instructions of AVX-512"
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    kernels.load()
 
 
 def make_linear(scheme: str, width: int, height: int) -> tuple[Linear, torch.Tensor]:
@@ -78,11 +87,22 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(scheme, width, height)
 def test_integers_are_multiplied_exactly():
     generator = torch.Generator().manual_seed(0)
     for rows, width, height in ((1, 32, 1), (3, 2048, 40), (12, 68, 33), (50, 5632, 64)):
-        x = torch.randint(-127, 128, (rows, width), dtype=torch.int8, generator=generator)
+        x = torch.randint(-127, 128, (rows, width), generator=generator)
         weight = torch.randint(-128, 128, (height, width), dtype=torch.int8, generator=generator)
         weight[0], x[0] = -128, 127  # the largest sums
-        y = torch.ops.tokenbus.int_mm(x, kernels.pack(weight, 4), height)
-        assert y.dtype == torch.int32 and torch.equal(y.double(), x.double() @ weight.double().t())
+        peaks, scales = torch.full((rows, 1), 127.0), torch.ones(height).bfloat16()
+        op = torch.ops.tokenbus.linear_int8_activation
+        y = op(x.bfloat16(), kernels.pack(weight, 4), scales, peaks)
+        assert torch.equal(y, (x.double() @ weight.double().t()).float().bfloat16())
+
+
+@needs_kernels
+def test_activations_are_rounded_as_without_kernels(monkeypatch):
+    linear, _ = make_linear("int8-activation", 576, 96)
+    x = torch.randn(9, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = linear(x)
+    linear.prepare()
+    assert linear.tiles is not None and torch.equal(linear(x), expected)
 
 
 @needs_kernels
@@ -155,21 +175,21 @@ def test_a_weight_that_does_not_fit_is_refused():
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["linear", "linear_int8", "int_mm", "linear_int4", "attend"])
+@pytest.mark.parametrize("name", ["attend", *SCHEMES])
 def test_compilation_sees_the_shapes(name):
     """torch's own check: the fake implementation against the real one."""
-    linears = {"linear": "bf16", "linear_int8": "int8", "int_mm": "int8", "linear_int4": "int4"}
     x = torch.randn(3, 64).bfloat16()
     if name == "attend":
         cache = torch.randn(1, 2, 9, 32).bfloat16()
         args = (torch.randn(1, 3, 4, 32).bfloat16(), cache, cache, torch.tensor([[5, 6, 7]]))
     else:
-        linear, _ = make_linear(linears[name], 64, 40)
+        linear, _ = make_linear(name, 64, 40)
         linear.prepare()
-        args = (x.to(torch.int8) if name == "int_mm" else x, linear.tiles)
-        args += {"linear_int8": (getattr(linear, "scales", None),), "linear": (40,)}.get(name, ())
-        args += {"int_mm": (40,), "linear_int4": (getattr(linear, "grid", None), 40)}.get(name, ())
-    op = getattr(torch.ops.tokenbus, name).default
+        rest = {"bf16": (40,), "int8-activation": (linear.grid, torch.ones(3, 1))}
+        rest |= {"int8": (linear.grid,), "int4": (linear.grid, 40)}
+        args = (x, linear.tiles, *rest[name])
+    op = {"attend": "attend", "bf16": "linear"}.get(name, f"linear_{name.replace('-', '_')}")
+    op = getattr(torch.ops.tokenbus, op).default
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -185,28 +205,109 @@ def test_without_kernels_the_same_layers_run(scheme, monkeypatch):
         assert (linear(x) - expected).norm() / expected.norm() < 0.02
 
 
+# ---- The whole model in one ----------------------------------------------------------------------
+
+SHAPE = CONFIG | {"hidden_size": 192, "num_attention_heads": 6}
+MIXED = ["int8", "int4", "bf16", "int8-activation"]  # of the Linears, one after the other
+FAMILIES = {
+    "llama": SHAPE,
+    "qwen2, biases": SHAPE | {"model_type": "qwen2"},
+    "qwen3, norms of q and k": SHAPE | {"model_type": "qwen3", "head_dim": 64},
+    "every bias": SHAPE | {"attention_bias": True, "mlp_bias": True},
+}
+
+
+def quantized_model(config: dict, schemes: list[str]) -> Transformer:
+    """A random model in bf16 whose Linears are stored by these schemes, in turn."""
+    model = random_model(config, torch.bfloat16, 0.1)
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    for name, scheme in zip(names, itertools.cycle(schemes)):
+        linear = model.get_submodule(name)
+        if scheme != "bf16":
+            tensors = quantize(linear.weight, scheme, 32)
+            new = linear_for(linear, tensors)
+            new.load_state_dict(tensors | ({"bias": linear.bias} if new.bias is not None else {}))
+            model.set_submodule(name, new.requires_grad_(False).bfloat16())
+    return model
+
+
+def logits_in_parts(model: Transformer, ids: torch.Tensor, split: int, block=None) -> torch.Tensor:
+    """The logits of ids `[B, T]`, passed to the model `split` at a time."""
+    model.setup_caches(len(ids), 64)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    parts = zip(ids.split(split, 1), positions.split(split, 1), strict=True)
+    return torch.cat([model(idx, pos, 64, block=block) for idx, pos in parts], 1).float()
+
+
 @needs_kernels
-def test_a_model_gives_the_same_with_and_without_kernels():
-    model = random_model(
-        CONFIG | {"hidden_size": 192, "num_attention_heads": 6}, torch.bfloat16, 0.1
-    )
+@pytest.mark.parametrize("schemes", [[scheme] for scheme in SCHEMES] + [MIXED])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernel_of_a_whole_model_agrees_with_its_modules(family, schemes):
+    model = quantized_model(FAMILIES[family], schemes)
     ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(40).expand(2, -1)
-    logits = []
-    for prepared in (False, True):
-        if prepared:
-            model.prepare()
-        assert model.attends == prepared
-        for split in (40, 7, 1):  # prefill, and passes of a few tokens
-            model.setup_caches(2, 64)
-            parts = zip(ids.split(split, 1), positions.split(split, 1), strict=True)
-            logits.append(torch.cat([model(idx, pos, 64) for idx, pos in parts], 1).float())
-    exact = random_model(CONFIG | {"hidden_size": 192, "num_attention_heads": 6}, scale=0.1)
+    expected = logits_in_parts(model, ids, 40)  # plain PyTorch
+    assert model.kernel is None
+    model.prepare()
+    assert model.kernel is not None
+    for split in (40, 7, 1):  # prefill, and passes of a few tokens
+        whole = logits_in_parts(model, ids, split)
+        modules = logits_in_parts(model, ids, split, TransformerBlock.forward)
+        bound = 0.05 if "int8-activation" in schemes else 0.03  # a bit decides what is rounded
+        for other in (modules, expected):
+            assert (whole - other).norm() / other.norm() < bound, split
+    assert torch.equal(whole, logits_in_parts(model, ids, 7))  # a row's bits, alone or not
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernel_of_a_whole_model_is_as_exact_as_its_modules(family):
+    model = quantized_model(FAMILIES[family], ["bf16"])
+    exact = random_model(FAMILIES[family], scale=0.1)
     exact.load_state_dict(model.state_dict())
-    exact.setup_caches(2, 64)
-    expected = exact(ids, positions, 64)
-    errors = [((each - expected).norm() / expected.norm()).item() for each in logits]
-    assert max(errors) < 0.05 and max(errors[3:]) < 1.2 * max(errors[:3]), errors
+    ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = logits_in_parts(exact, ids, 40)
+    errors = [(logits_in_parts(model, ids, 40) - expected).norm()]  # of plain PyTorch
+    model.prepare()
+    errors += [(logits_in_parts(model, ids, split) - expected).norm() for split in (40, 7, 1)]
+    assert max(errors) < 0.05 * expected.norm() and max(errors[1:]) < 1.2 * errors[0], errors
+
+
+@needs_kernels
+def test_padding_and_the_choice_of_logits():
+    model = quantized_model(SHAPE, ["bf16"])
+    model.prepare()
+    ids = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
+    whole = logits_in_parts(model, ids, 9)
+    model.setup_caches(2, 64)
+    positions = torch.arange(9).repeat(2, 1)
+    positions[1, 5:] = 64  # the second row ends after five tokens
+    last = torch.tensor([[8], [4]])
+    logits = model(ids, positions, 64, last).float()
+    assert logits.shape == (2, 1, 300)
+    assert torch.equal(logits[0, 0], whole[0, 8]) and torch.equal(logits[1, 0], whole[1, 4])
+    for wrong in (-1, 65):
+        with pytest.raises(RuntimeError, match=f"position {wrong} of a cache of 65"):
+            model(ids[:, :1], torch.full((2, 1), wrong), 64)
+
+
+@needs_kernels
+def test_nothing_is_compiled_where_one_kernel_is_the_model():
+    counters.clear()
+    model = quantized_model(SHAPE, ["int8"])
+    model.setup_caches(1, 64)
+    engine = Engine(model, "block", compile_prefill=True)
+    engine.warm_up(1)
+    assert model.kernel is not None and not counters["frames"]["total"]
+
+
+@needs_kernels
+def test_small_heads_and_parts_of_models_run_by_modules():
+    for config, whole in ((SHAPE | {"num_attention_heads": 12}, True), (SHAPE, False)):
+        model = quantized_model(config, ["bf16"])
+        model.whole = whole
+        model.prepare()
+        ids = torch.randint(300, (2, 5))
+        assert logits_in_parts(model, ids, 5).isfinite().all() and model.kernel is None
 
 
 CACHE = """
@@ -218,6 +319,7 @@ from model import Transformer
 
 for path in map(Path, sys.argv[1:]):
     model = Transformer.from_checkpoint(path)
+    model.whole = False  # as a rank's part, which no single kernel runs
     model.setup_caches(1, 64)
     Engine(model, "block").warm_up(1)
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
@@ -227,7 +329,7 @@ print(counters["inductor"]["fxgraph_cache_bypass"], counters["aot_autograd"]["au
 
 @needs_kernels
 def test_a_second_process_finds_compiled_blocks_of_every_scheme_in_the_cache(tmp_path):
-    shape = CONFIG | {"hidden_size": 192, "num_attention_heads": 6}
+    shape = SHAPE
     paths = [write_checkpoint(tmp_path / "a", shape, torch.bfloat16)]
     for scheme in SCHEMES[1:]:
         state = torch.load(paths[0])
