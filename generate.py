@@ -104,9 +104,8 @@ class Engine:
     """A model with its KV cache, and the functions, compiled or not, that run it.
 
     `compile` "block" compiles one transformer block that serves every layer: a short cold start.
-    "whole" compiles the whole decoding step, on CUDA into a CUDA graph. Where the model has a kernel
-    for all of it, nothing is compiled. A decoding step takes up to `width` tokens a row; more are
-    prefilled.
+    "whole" compiles the whole decoding step, on CUDA into a CUDA graph. A model that is one kernel
+    is not compiled at all. A decoding step takes up to `width` tokens a row; more are prefilled.
     """
 
     def __init__(
