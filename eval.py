@@ -127,7 +127,7 @@ class Evaluator(TemplateLM):
         if rows != self.rows or length > self.model.max_seq_length:
             self.model.setup_caches(rows, length)
             self.rows = rows
-            if self.compile:
+            if self.compile and not self.model.fusible:
                 torch.compiler.reset()
                 self.engine.warm_up(rows)
         return rows

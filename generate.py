@@ -121,7 +121,7 @@ class Engine:
         self.engines = [self]  # as of a `Speculator`
         model.prepare()
         self.decode_step = self.prefill_step = model
-        if model.kernel is not None:  # nothing is left to compile
+        if model.fusible:  # nothing is left to compile
             return
         # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
         # sizes that happen to be equal when it is made are not taken for one and the same.

@@ -4,7 +4,7 @@ Decoding multiplies one row, or the few that speculation judges, with every weig
 that counts is that weights stream in from the first byte to the last, and that what is done to them
 keeps up. So each weight is stored anew, once, after loading: in *tiles* of 32 rows, a few columns
 at a time. For prefill, which multiplies many rows, tile by tile becomes bf16. Small models wait for
-Python more than for memory: so `Transformer` below is that of `model.py`, all of it one call.
+Python more than for memory: so `Transformer` below does all that `model.py`'s does, in one call.
 
 The C++ wants the bf16 instructions of AVX-512 (Intel Cooper Lake, Sapphire Rapids and newer; AMD
 Zen 4 and newer) and is built once, by the first process that needs it. Without them, without a
@@ -38,7 +38,6 @@ SOURCE = r"""
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -208,19 +207,23 @@ int peak_bits(const BFloat16* x, int64_t n) {
   return most;
 }
 
-// Each row of x is rounded to whole numbers of which its peak, of float peaks [rows, 1], is 127.
+// Each row of x is rounded to whole numbers of which its peak is 127: its own, or that of float
+// peaks [rows, 1].
 Tensor linear_int8_activation(const Tensor& x, const Tensor& weight, const Tensor& scales,
-                              const Tensor& peaks) {
+                              const std::optional<Tensor>& peaks) {
   const int64_t out = scales.size(0);
   Product p(x, out, weight, 4, at::kBFloat16);
   std::vector<uint8_t> bytes(p.rows * p.in);
   std::vector<float> steps(p.rows);
   at::parallel_for(0, p.rows, kPiece / p.in + 1, [&](int64_t row, int64_t end) {
     for (; row < end; row++) {
-      steps[row] = std::max(peaks.const_data_ptr<float>()[row], 1e-12f) / 127;
+      const auto from = p.x.const_data_ptr<BFloat16>() + row * p.in;
+      const float peak = peaks ? peaks->const_data_ptr<float>()[row]
+                               : float(BFloat16(peak_bits(from, p.in), BFloat16::from_bits()));
+      steps[row] = std::max(peak, 1e-12f) / 127;
       for (int64_t k = 0; k < p.in; k += 16) {
         const auto mask = first(p.in - k);
-        const auto values = floats(p.x.const_data_ptr<BFloat16>() + row * p.in + k, mask);
+        const auto values = floats(from + k, mask);
         auto code = _mm512_cvtps_epi32(_mm512_div_ps(values, _mm512_set1_ps(steps[row])));
         code = _mm512_add_epi32(code, _mm512_set1_epi32(128));  // unsigned
         _mm_mask_storeu_epi8(bytes.data() + row * p.in + k, mask, _mm512_cvtepi32_epi8(code));
@@ -562,9 +565,9 @@ __m512 gate(__m512 x, __m512 y) { return rounded(x / (1.f + exp(-x))) * y; }  //
 
 // A Linear: its weight as packed, what goes with it by scheme, and perhaps a bias.
 struct Weight {
-  const int64_t scheme;
-  const Tensor tiles;
-  const std::optional<Tensor> grid, bias;
+  int64_t scheme;
+  Tensor tiles;
+  std::optional<Tensor> grid, bias;
 
   int64_t in() const { return tiles.size(1) * (scheme == 0 ? 2 : scheme == 3 ? 8 : 4); }
 
@@ -577,13 +580,8 @@ struct Weight {
   Tensor product(const Tensor& x, int64_t out) const {
     if (scheme == 0) return linear(x, tiles, out);
     if (scheme == 1) return linear_int8(x, tiles, *grid);
-    if (scheme == 3) return linear_int4(x, tiles, *grid, out);
-    auto peaks = at::empty({x.size(0), 1}, at::kFloat);
-    for (int64_t row = 0; row < x.size(0); row++) {
-      const int bits = peak_bits(x.const_data_ptr<BFloat16>() + row * in(), in()) << 16;
-      std::memcpy(peaks.mutable_data_ptr<float>() + row, &bits, 4);
-    }
-    return linear_int8_activation(x, tiles, *grid, peaks);
+    if (scheme == 2) return linear_int8_activation(x, tiles, *grid, std::nullopt);
+    return linear_int4(x, tiles, *grid, out);
   }
 };
 
@@ -599,6 +597,7 @@ Tensor rotate(const Tensor& qkv, const Tensor& positions, const Tensor& freqs,
     for (; row < end; row++) {
       const auto position = positions.const_data_ptr<int64_t>()[row];
       TORCH_CHECK(position >= 0 && position < S, "position ", position, " of a cache of ", S);
+      if (position == S - 1) continue;  // padding
       const auto turns = freqs.const_data_ptr<float>() + position * D;
       for (int64_t head = 0; head < all; head++) {
         const auto from = qkv.mutable_data_ptr<BFloat16>() + (row * all + head) * D;
@@ -645,17 +644,20 @@ class Transformer : public torch::CustomClassHolder {
       layers.push_back(Layer{one(), one(), maybe(), maybe(), one(), one(), weight(), weight(),
                              weight(), weight(), weight()});
     last_norm = one();
-    output.emplace(weight());
+    output = weight();
   }
 
   // idx and input_pos [B, T], last [B, N]: the logits [B, T, vocabulary], or [B, N, ...].
   Tensor forward(const Tensor& idx, const Tensor& input_pos, const std::optional<Tensor>& last) {
     const int64_t B = idx.size(0), vocabulary = embedding.size(0), dim = embedding.size(1);
+    TORCH_CHECK(idx.numel() && idx.sizes() == input_pos.sizes() &&
+                    B <= layers[0].k_cache.size(0),
+                "tokens, positions and cache differ in shape");
     const auto positions = input_pos.contiguous();
     auto x = embedding.index_select(0, idx.flatten());
     for (const auto& layer : layers) x = block(layer, x, positions);
     if (last) x = x.view({B, -1, dim}).take_along_dim(last->unsqueeze(-1), 1).view({-1, dim});
-    return output->times(norm(x, last_norm, eps), vocabulary).view({B, -1, vocabulary});
+    return output.times(norm(x, last_norm, eps), vocabulary).view({B, -1, vocabulary});
   }
 
  private:
@@ -679,7 +681,7 @@ class Transformer : public torch::CustomClassHolder {
 
   Tensor embedding, freqs_cis, last_norm;
   std::vector<Layer> layers;
-  std::optional<Weight> output;
+  Weight output;
   double eps;
 };
 
@@ -689,7 +691,7 @@ TORCH_LIBRARY(tokenbus, library) {
   library.def("linear(Tensor x, Tensor weight, int out) -> Tensor");
   library.def("linear_int8(Tensor x, Tensor weight, Tensor scales) -> Tensor");
   library.def(
-      "linear_int8_activation(Tensor x, Tensor weight, Tensor scales, Tensor peaks) -> Tensor");
+      "linear_int8_activation(Tensor x, Tensor weight, Tensor scales, Tensor? peaks) -> Tensor");
   library.def("linear_int4(Tensor x, Tensor weight, Tensor grid, int out) -> Tensor");
   library.def("attend(Tensor q, Tensor k, Tensor v, Tensor positions) -> Tensor");
   library.class_<Transformer>("Transformer")

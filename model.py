@@ -300,12 +300,14 @@ class Transformer(nn.Module):
         self.max_seq_length = 0
         self.prepared = False
         self.attends = False  # by a kernel that needs no mask, with up to FEW_ROWS positions
-        self.kernel: Any = None  # all of `forward` in one, if kernels.py can
         self.whole = True  # not one rank's part
+        self.fusible = False  # into one kernel of kernels.py
+        self.kernel: Any = None  # that one, once there is a cache
 
     def setup_caches(self, batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV cache of every layer and the table of rotations."""
-        args, weight, self.kernel = self.args, self.norm.weight, None  # it holds the old ones
+        args, weight = self.args, self.norm.weight
+        self.kernel = None  # it would keep the old caches in memory
         for layer in self.layers:
             shape = (batch_size, args.n_local_heads, max_seq_length, args.head_dim)
             layer.attention.kv_cache = KVCache(*shape, like=weight)
@@ -321,17 +323,19 @@ class Transformer(nn.Module):
         if self.prepared:
             return
         self.prepared = True
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.prepare()
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        for linear in linears:
+            linear.prepare()
         width = self.args.head_dim
         fits = self.output.takes_kernels(self.norm.weight.dtype)
         self.attends = fits and width % 32 == 0 and width <= 256
+        packed = all(linear.tiles is not None for linear in linears)
+        self.fusible = self.attends and self.whole and packed
         self.fuse()
 
     def fuse(self) -> None:
-        """Make `kernel` of the prepared weights and the cache, if both are there and it can be."""
-        if not (self.attends and self.whole and self.max_seq_length):
+        """Make `kernel` of the prepared weights and the cache, once both are there."""
+        if not (self.fusible and self.max_seq_length):
             return
         tensors, linears = [], []
         for layer in self.layers:
@@ -343,10 +347,9 @@ class Transformer(nn.Module):
             tensors += [t for linear in linears[-5:] for t in linear.operands()]
         tensors += [self.norm.weight, *self.output.operands()]
         linears.append(self.output)
-        if all(linear.tiles is not None for linear in linears):
-            weights = self.tok_embeddings.weight, self.freqs_cis, tensors
-            schemes = [linear.scheme for linear in linears]
-            self.kernel = torch.classes.tokenbus.Transformer(*weights, schemes, self.args.norm_eps)
+        weights = self.tok_embeddings.weight, self.freqs_cis, tensors
+        schemes = [linear.scheme for linear in linears]
+        self.kernel = torch.classes.tokenbus.Transformer(*weights, schemes, self.args.norm_eps)
 
     def forward(
         self,

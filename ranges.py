@@ -127,7 +127,8 @@ def traced(engine, namespace: dict) -> Iterator[None]:
 
     `namespace` is where `generate` finds `sample`. Compiled code is left as it was compiled: ranges
     put into it would compile it anew. So those inside a step exist only while a step runs that is
-    not compiled, and with one compiled block those outside of the blocks.
+    not compiled, and with one compiled block those outside of the blocks. A model that is one
+    kernel runs by its modules meanwhile, as nothing shows inside a kernel.
     """
     before = engine.prefill_step, engine.decode_step
     sampling = (namespace, "sample", namespace["sample"], title("Sampling", name="sample"))

@@ -103,6 +103,8 @@ def test_activations_are_rounded_as_without_kernels(monkeypatch):
     expected = linear(x)
     linear.prepare()
     assert linear.tiles is not None and torch.equal(linear(x), expected)
+    op = torch.ops.tokenbus.linear_int8_activation
+    assert torch.equal(op(x, linear.tiles, linear.grid, None), expected)
 
 
 @needs_kernels
@@ -285,6 +287,9 @@ def test_padding_and_the_choice_of_logits():
     logits = model(ids, positions, 64, last).float()
     assert logits.shape == (2, 1, 300)
     assert torch.equal(logits[0, 0], whole[0, 8]) and torch.equal(logits[1, 0], whole[1, 4])
+    for idx, pos in ((ids, positions[:1]), (ids[:, :0], positions[:, :0]), (ids[[0, 1, 0]],) * 2):
+        with pytest.raises(RuntimeError, match="tokens, positions and cache differ in shape"):
+            model(idx, pos, 64)
     for wrong in (-1, 65):
         with pytest.raises(RuntimeError, match=f"position {wrong} of a cache of 65"):
             model(ids[:, :1], torch.full((2, 1), wrong), 64)
@@ -294,10 +299,13 @@ def test_padding_and_the_choice_of_logits():
 def test_nothing_is_compiled_where_one_kernel_is_the_model():
     counters.clear()
     model = quantized_model(SHAPE, ["int8"])
-    model.setup_caches(1, 64)
     engine = Engine(model, "block", compile_prefill=True)
+    model.setup_caches(1, 64)  # also after it, as `eval.py` does
     engine.warm_up(1)
-    assert model.kernel is not None and not counters["frames"]["total"]
+    kernel = model.kernel
+    assert kernel is not None and not counters["frames"]["total"]
+    model.setup_caches(2, 64)
+    assert model.kernel is not None and model.kernel is not kernel
 
 
 @needs_kernels
@@ -307,7 +315,8 @@ def test_small_heads_and_parts_of_models_run_by_modules():
         model.whole = whole
         model.prepare()
         ids = torch.randint(300, (2, 5))
-        assert logits_in_parts(model, ids, 5).isfinite().all() and model.kernel is None
+        assert logits_in_parts(model, ids, 5).isfinite().all()
+        assert model.kernel is None and not model.fusible
 
 
 CACHE = """
