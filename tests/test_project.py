@@ -147,7 +147,8 @@ def test_a_command_of_the_readme_works(command, clone):
     done = run_in(clone, "bash", "-c", command, stdin="What is a llama?\nWhy?\n/quit\n")
     assert done.returncode == 0, done.stderr
     if "generate.py" in command and "quantize.py" not in command:
-        assert len(done.stdout.split()) > 5 and "tokens/s" in done.stderr
+        # what follows random tokens may be one long word
+        assert len(done.stdout) > 20 and "tokens/s" in done.stderr
 
 
 def test_the_greedy_text_of_the_default_model(clone):
