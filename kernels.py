@@ -512,7 +512,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& p
   return y;
 }
 
-// ---- The whole model, rounded to bf16 wherever model.py does --------------------------
+// ---- The whole model, rounded to bf16 wherever model.py does ----------------------------------
 
 __m512 rounded(__m512 x) {
   return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
@@ -563,13 +563,15 @@ __m512 add(__m512 x, __m512 y) { return x + y; }
 
 __m512 gate(__m512 x, __m512 y) { return rounded(x / (1.f + exp(-x))) * y; }  // silu(x) y
 
+enum Scheme : int64_t { kFloats, kInt8, kInt8Activation, kInt4 };  // as numbered in linear.py
+
 // A Linear: its weight as packed, what goes with it by scheme, and perhaps a bias.
 struct Weight {
   int64_t scheme;
   Tensor tiles;
   std::optional<Tensor> grid, bias;
 
-  int64_t in() const { return tiles.size(1) * (scheme == 0 ? 2 : scheme == 3 ? 8 : 4); }
+  int64_t in() const { return tiles.size(1) * (scheme == kFloats ? 2 : scheme == kInt4 ? 8 : 4); }
 
   Tensor times(const Tensor& x, int64_t out) const {
     auto y = product(x, out);
@@ -578,10 +580,10 @@ struct Weight {
   }
 
   Tensor product(const Tensor& x, int64_t out) const {
-    if (scheme == 0) return linear(x, tiles, out);
-    if (scheme == 1) return linear_int8(x, tiles, *grid);
-    if (scheme == 2) return linear_int8_activation(x, tiles, *grid, std::nullopt);
-    return linear_int4(x, tiles, *grid, out);
+    if (scheme == kFloats) return linear(x, tiles, out);
+    if (scheme == kInt8) return linear_int8(x, tiles, *grid);
+    if (scheme == kInt4) return linear_int4(x, tiles, *grid, out);
+    return linear_int8_activation(x, tiles, *grid, std::nullopt);
   }
 };
 
