@@ -832,6 +832,21 @@ def main(args: Namespace) -> None:
     warm_up_s = time.perf_counter() - began
     context_figures = remember(cache, context, session.engine.engines)
 
+    work(session, prompts)
+    plain = shard and not args.speculating
+    communication = shard.cost(model, args.batch_size) if plain else {}
+    tp.finish(shard)
+    settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
+    settings |= {"precision": args.precision, "compile": args.compile}
+    settings |= {"draft": str(args.draft_checkpoint_path or args.prompt_lookup or "")}
+    settings |= {name: getattr(args, name) for name in ("speculate_k", "fixed_k", "seed")}
+    settings |= dataclasses.asdict(session.sampling) | context_figures | communication
+    report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
+
+
+def work(session: Session, prompts: list[list[int]]) -> None:
+    """Talk, or complete the prompts; with --profile write a trace of that."""
+    args = session.args
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
     ranges = traced(session.engine, globals()) if args.profile else contextlib.nullcontext()
     with ranges, profiler:
@@ -839,18 +854,9 @@ def main(args: Namespace) -> None:
             session.converse()
         else:
             session.complete(prompts)
-    plain = shard and not args.speculating
-    communication = shard.cost(model, args.batch_size) if plain else {}
-    tp.finish(shard)
     if args.profile:
         with replacing(args.profile) as temporary:
             profiler.export_chrome_trace(str(temporary))
-    settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
-    settings |= {"precision": args.precision, "compile": args.compile}
-    settings |= {"draft": str(args.draft_checkpoint_path or args.prompt_lookup or "")}
-    settings |= {name: getattr(args, name) for name in ("speculate_k", "fixed_k", "seed")}
-    settings |= dataclasses.asdict(session.sampling) | context_figures | communication
-    report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
 
 
 def remember(cache: PrefillCache | None, context: list[int], engines: list[Engine]) -> dict:

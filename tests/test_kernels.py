@@ -97,7 +97,7 @@ def test_integers_are_multiplied_exactly():
 
 
 @needs_kernels
-def test_activations_are_rounded_as_without_kernels(monkeypatch):
+def test_activations_are_rounded_as_without_kernels():
     linear, _ = make_linear("int8-activation", 576, 96)
     x = torch.randn(9, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = linear(x)
