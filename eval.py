@@ -102,7 +102,7 @@ class Evaluator(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self.compile = model, tokenizer, compile
         self.batch_size, self.max_length, self.rows = batch_size, max_length, 0
-        self.engine = Engine(model, "block" if compile else None, compile_prefill=compile)
+        self.engine: Engine | None = None  # made with the cache
 
     @property
     def eot_token_id(self) -> int:
@@ -125,10 +125,12 @@ class Evaluator(TemplateLM):
         """
         rows = min(requests, self.batch_size)
         if rows != self.rows or length > self.model.max_seq_length:
+            self.rows, self.engine = rows, None  # it holds the old cache
             self.model.setup_caches(rows, length)
-            self.rows = rows
-            if self.compile and not self.model.fusible:
-                torch.compiler.reset()
+            torch.compiler.reset()
+            options = ("block" if self.compile else None, self.compile)
+            self.engine = Engine(self.model, *options)
+            if self.compile:
                 self.engine.warm_up(rows)
         return rows
 

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 import tp
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
 from linear import FEW_ROWS
@@ -120,8 +121,9 @@ class Engine:
         self.cached_tokens = 0  # of each prompt, those that the last prefill found done
         self.engines = [self]  # as of a `Speculator`
         model.prepare()
-        self.decode_step = self.prefill_step = model
-        if model.fusible:  # nothing is left to compile
+        self.fused = kernels.fuse(model)
+        self.decode_step = self.prefill_step = self.fused or model
+        if self.fused:  # nothing is left to compile
             return
         # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
         # sizes that happen to be equal when it is made are not taken for one and the same.

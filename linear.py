@@ -21,8 +21,6 @@ aten = torch.ops.aten
 class Linear(nn.Module):
     """`y = x @ weight.T + bias`: x `[..., in]`, weight float `[out, in]`."""
 
-    scheme = 0  # its number in kernels.py
-
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -53,10 +51,6 @@ class Linear(nn.Module):
         y = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
-    def operands(self) -> list[Tensor | None]:
-        """What kernels.py takes for a Linear."""
-        return [self.tiles, self.grid, self.bias]
-
     def product(self, x: Tensor) -> Tensor:
         """x `[M, in]` times the weight: `[M, out]`."""
         if self.tiles is not None:
@@ -66,8 +60,6 @@ class Linear(nn.Module):
 
 class Int8Linear(Linear):
     """Weight int8 `[out, in]`, scales `[out]`: value = weight * scale."""
-
-    scheme = 1
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
@@ -91,8 +83,6 @@ class Int8Linear(Linear):
 
 class Int8ActivationLinear(Linear):
     """Weight as in `Int8Linear`; x is rounded to int8, row by row, and integers are multiplied."""
-
-    scheme = 2
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
@@ -126,8 +116,6 @@ class Int4Linear(Linear):
     weight uint8 `[out, in/2]` as `pack_int4` makes it, scales_and_zeros `[groups, out, 2]`:
     value = (code - 8) * scale + zero.
     """
-
-    scheme = 3
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, groups: int = 1):
         super().__init__(in_features, out_features, bias)

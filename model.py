@@ -300,14 +300,10 @@ class Transformer(nn.Module):
         self.max_seq_length = 0
         self.prepared = False
         self.attends = False  # by a kernel that needs no mask, with up to FEW_ROWS positions
-        self.whole = True  # not one rank's part
-        self.fusible = False  # into one kernel of kernels.py
-        self.kernel: Any = None  # that one, once there is a cache
 
     def setup_caches(self, batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV cache of every layer and the table of rotations."""
         args, weight = self.args, self.norm.weight
-        self.kernel = None  # it would keep the old caches in memory
         for layer in self.layers:
             shape = (batch_size, args.n_local_heads, max_seq_length, args.head_dim)
             layer.attention.kv_cache = KVCache(*shape, like=weight)
@@ -316,40 +312,16 @@ class Transformer(nn.Module):
         table = torch.stack((angles.cos(), angles.sin()), -1).to(weight.device)
         self.register_buffer("freqs_cis", table, persistent=False)
         self.max_seq_length = max_seq_length
-        self.fuse()
 
     def prepare(self) -> None:
         """Make of the weights, which must not change any more, what the fastest kernels want."""
         if self.prepared:
             return
         self.prepared = True
-        linears = [module for module in self.modules() if isinstance(module, Linear)]
-        for linear in linears:
+        for linear in (module for module in self.modules() if isinstance(module, Linear)):
             linear.prepare()
-        width = self.args.head_dim
-        fits = self.output.takes_kernels(self.norm.weight.dtype)
+        width, fits = self.args.head_dim, self.output.takes_kernels(self.norm.weight.dtype)
         self.attends = fits and width % 32 == 0 and width <= 256
-        packed = all(linear.tiles is not None for linear in linears)
-        self.fusible = self.attends and self.whole and packed
-        self.fuse()
-
-    def fuse(self) -> None:
-        """Make `kernel` of the prepared weights and the cache, once both are there."""
-        if not (self.fusible and self.max_seq_length):
-            return
-        tensors, linears = [], []
-        for layer in self.layers:
-            attention, ffn, cache = layer.attention, layer.feed_forward, layer.attention.kv_cache
-            norms = (layer.attention_norm, layer.ffn_norm, attention.q_norm, attention.k_norm)
-            tensors += [getattr(norm, "weight", None) for norm in norms]
-            tensors += [cache.k_cache, cache.v_cache]
-            linears += [attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2]
-            tensors += [t for linear in linears[-5:] for t in linear.operands()]
-        tensors += [self.norm.weight, *self.output.operands()]
-        linears.append(self.output)
-        weights = self.tok_embeddings.weight, self.freqs_cis, tensors
-        schemes = [linear.scheme for linear in linears]
-        self.kernel = torch.classes.tokenbus.Transformer(*weights, schemes, self.args.norm_eps)
 
     def forward(
         self,
@@ -364,11 +336,9 @@ class Transformer(nn.Module):
         Only the first `kv_len` cache positions are looked at: more than every position in use, and
         see `kv_steps`. Padding stands at position `max_seq_length`. `last` `[B, N]` picks indices
         of T a row, whose logits alone are computed. `block` is what runs each layer, so that one
-        compiled block can serve all; without it `kernel` runs the whole model, if there is one.
+        compiled block can serve all.
         Returns `[B, T, vocab_size]`, or `[B, N, …]` with `last`.
         """
-        if self.kernel is not None and block is None:
-            return self.kernel.forward(idx, input_pos, last)
         block = block or TransformerBlock.forward
         x = self.tok_embeddings(idx)  # [B, T] -> [B, T, dim]
         freqs_cis = self.freqs_cis[input_pos]

@@ -104,10 +104,9 @@ def wrapped_steps(engine) -> Iterator[tuple[str, Callable]]:
     eager = [*inner.values(), (*rope, rope[0][rope[1]], title("RoPE", name=rope[1]))]
 
     def step(kind: str, function: Callable) -> Callable:
+        function = engine.model if function is engine.fused else function
         block_only = isinstance(function, functools.partial)
         places = eager if function is engine.model else outer if block_only else []
-        if function is engine.model:  # also where a kernel would run all of it
-            function = functools.partial(function, block=TransformerBlock.forward)
         ranged = in_range(function, title(kind))
 
         def run(*args, **kwargs):

@@ -16,5 +16,7 @@ setup(
         *("cli", "kernels", "linear", "model", "tokenizer", "tp", "prefill_cache", "ranges"),
         *("generate", "gptq", "quantize", "eval"),
     ],
+    packages=[""],
+    package_data={"": ["kernels.cpp"]},
     install_requires=[line.split("#")[0].strip() for line in requirements],
 )

