@@ -1,9 +1,9 @@
 """The Linear layer of every model here: how a weight is stored, and how it is multiplied.
 
 A checkpoint stores each Linear in one of four ways, told by the names of its tensors (`SCHEMES`).
-What is stored is plain and the same for every device; what a kernel wants is made of it once, by
-`prepare`, when the weights will not change any more. Until then, and wherever there is no kernel,
-plain PyTorch multiplies. `dequantize` is the reference that every kernel is tested by.
+The stored layout is plain and the same for every device; `pack_weights` makes what a kernel wants
+of it once, after loading. Without a kernel, PyTorch's own operations multiply. `dequantize` is the
+reference that every kernel is tested against.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
-from kernels import FEW_ROWS
+try:
+    import kernels
+except ModuleNotFoundError:  # without that file PyTorch's own operations run
+    kernels = None
 
+FEW_ROWS = 32  # decoding and verifying run at most so many tokens of a row at once
 aten = torch.ops.aten
 
 
@@ -26,35 +29,38 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.register_buffer("tiles", None, persistent=False)  # the weight as kernels.py wants it
-        self.register_buffer("grid", None, persistent=False)  # what goes with the tiles
+        self.register_buffer("tiles", None, persistent=False)  # the weight as kernels.py packs it
+        self.register_buffer("grid", None, persistent=False)  # its scales, as kernels.py packs them
 
-    def store(self, name: str, dtype: torch.dtype, *shape: int) -> None:
+    def declare(self, name: str, dtype: torch.dtype, *shape: int) -> None:
         """Declare a tensor of the checkpoint."""
         setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
 
-    def prepare(self) -> None:
-        """Make of the stored tensors what this device's kernels want."""
-        if self.takes_kernels(self.weight.dtype):
+    def pack_weights(self) -> None:
+        """Make of the stored tensors, which must not change any more, what kernels want."""
+        if self.kernel_supports(self.weight.dtype, 4):
             self.tiles = kernels.pack(self.weight, 2)
 
-    def takes_kernels(self, dtype: torch.dtype) -> bool:
-        """Whether kernels.py can multiply x of this dtype here."""
+    def kernel_supports(self, dtype: torch.dtype, columns: int) -> bool:
+        """Whether kernels.py multiplies x of this dtype by a weight of so many columns' multiple."""
         bf16_on_cpu = self.weight.device.type == "cpu" and dtype == torch.bfloat16
-        return bf16_on_cpu and self.in_features % 4 == 0 and kernels.load()
+        fits = kernels is not None and bf16_on_cpu and self.in_features % columns == 0
+        return fits and self.tiles is None and kernels.load()
 
     def dequantize(self) -> Tensor:
         """The weight as floats `[out, in]`."""
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+    def forward(self, x: Tensor, prefill: bool = False) -> Tensor:
+        """Kernels use one arithmetic for a `prefill` and one for decoding, for any number of rows:
+        so a row's bits never depend on the rows beside it."""
+        y = self.matmul(x.flatten(0, -2), prefill).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, prefill: bool) -> Tensor:
         """x `[M, in]` times the weight: `[M, out]`."""
         if self.tiles is not None:
-            return torch.ops.tokenbus.linear(x, self.tiles, self.out_features)
+            return torch.ops.tokenbus.linear_bf16(x, self.tiles, self.out_features)
         return F.linear(x, self.weight)
 
 
@@ -63,20 +69,21 @@ class Int8Linear(Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
-        self.store("weight", torch.int8, out_features, in_features)
-        self.store("scales", torch.bfloat16, out_features)
+        self.declare("weight", torch.int8, out_features, in_features)
+        self.declare("scales", torch.bfloat16, out_features)
 
-    def prepare(self) -> None:
-        if self.takes_kernels(self.scales.dtype):
+    def pack_weights(self) -> None:
+        if self.kernel_supports(self.scales.dtype, 4):
             self.tiles, self.grid = kernels.pack(self.weight, 4), self.scales.data
 
     def dequantize(self) -> Tensor:
         return self.weight.to(self.scales.dtype) * self.scales.unsqueeze(-1)
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, prefill: bool) -> Tensor:
         if self.tiles is not None:
-            return torch.ops.tokenbus.linear_int8(x, self.tiles, self.grid)
-        if x.device.type == "cpu" and len(x) <= FEW_ROWS:
+            return torch.ops.tokenbus.linear_int8(x, self.tiles, self.grid, prefill)
+        # Its bf16 kernels read beyond rows that are no multiple of 16 wide.
+        if x.device.type == "cpu" and len(x) <= FEW_ROWS and self.in_features % 16 == 0:
             return torch._weight_int8pack_mm(x, self.weight, self.scales)
         return F.linear(x, self.weight.to(x.dtype)) * self.scales
 
@@ -86,18 +93,18 @@ class Int8ActivationLinear(Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
-        self.store("weight", torch.int8, out_features, in_features)
-        self.store("scales_a8", torch.bfloat16, out_features)
+        self.declare("weight", torch.int8, out_features, in_features)
+        self.declare("scales_a8", torch.bfloat16, out_features)
         self.peak = nn.Identity()  # where tp.py asks for the maximum of all ranks' columns
 
-    def prepare(self) -> None:
-        if self.takes_kernels(self.scales_a8.dtype):
+    def pack_weights(self) -> None:
+        if self.kernel_supports(self.scales_a8.dtype, 4):
             self.tiles, self.grid = kernels.pack(self.weight, 4), self.scales_a8.data
 
     def dequantize(self) -> Tensor:
         return self.weight.to(self.scales_a8.dtype) * self.scales_a8.unsqueeze(-1)
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, prefill: bool) -> Tensor:
         peaks = self.peak(x.abs().amax(-1, keepdim=True).float())  # [M, 1]
         if self.tiles is not None:
             return torch.ops.tokenbus.linear_int8_activation(x, self.tiles, self.grid, peaks)
@@ -120,13 +127,15 @@ class Int4Linear(Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False, groups: int = 1):
         super().__init__(in_features, out_features, bias)
         self.groupsize = in_features // groups
-        self.store("weight", torch.uint8, out_features, in_features // 2)
-        self.store("scales_and_zeros", torch.bfloat16, groups, out_features, 2)
+        self.declare("weight", torch.uint8, out_features, in_features // 2)
+        self.declare("scales_and_zeros", torch.bfloat16, groups, out_features, 2)
         self.register_buffer("packed", None, persistent=False)  # the weight as torch's ops want it
 
-    def prepare(self) -> None:
+    def pack_weights(self) -> None:
         device, dtype = self.weight.device.type, self.scales_and_zeros.dtype
-        if self.groupsize % 16 == 0 and self.takes_kernels(dtype):
+        if self.packed is not None or self.tiles is not None:
+            return
+        if self.groupsize % 16 == 0 and self.kernel_supports(dtype, 8):
             self.tiles, self.grid = kernels.pack_int4(self.weight, self.scales_and_zeros)
         elif device == "cpu" and self.out_features % 16 == 0:
             codes = unpack_int4(self.weight).int()
@@ -141,9 +150,10 @@ class Int4Linear(Linear):
         codes = unpack_int4(self.weight).unflatten(1, (-1, self.groupsize)).to(grid.dtype)
         return ((codes - 8) * grid[..., 0] + grid[..., 1]).flatten(1)
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, prefill: bool) -> Tensor:
         if self.tiles is not None:
-            return torch.ops.tokenbus.linear_int4(x, self.tiles, self.grid, self.out_features)
+            out = self.out_features
+            return torch.ops.tokenbus.linear_int4(x, self.tiles, self.grid, out, prefill)
         if self.packed is None or len(x) > FEW_ROWS:
             return F.linear(x, self.dequantize())
         cpu = x.device.type == "cpu"

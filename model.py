@@ -2,175 +2,117 @@
 
 Architecture: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288) with the rotary embeddings of
 Su et al. 2021 (arXiv 2104.09864) in Meta's interleaved order and the grouped-query attention of
-Ainslie et al. 2023 (arXiv 2305.13245). Mistral, Qwen2 (biases) and Qwen3 (q/k norms) are the same.
+Ainslie et al. 2023 (arXiv 2305.13245). Biases, q/k norms, windows and scales are options.
 
-Shapes: B rows, T new positions a row, L cached positions looked at, D = head_dim, and G query heads
-for each KV head.
+Shapes: B rows, T new positions a row, L cached positions visible, S positions a cache holds,
+D = head_dim, and G query heads for each KV head.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError, read_json
-from linear import FEW_ROWS, Linear, linear_for
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LLAMA3_BOUNDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_NUMBERS = {"linear": ("factor",), "llama3": ("factor", *LLAMA3_BOUNDS)}  # of rope scaling
+from cli import UserError
+from linear import Linear, kernels, linear_for
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What the attention of a layer is; a model has one kind or a few, each used by many layers."""
+
+    n_head: int
+    n_local_heads: int  # KV heads
+    head_dim: int
+    window: int = 0  # 0: sees all positions before; else pos - window + 1 .. pos
+    rope: tuple[float, ...] = ()  # head_dim / 2 frequencies, radians a position; 0 does not rotate
+    rope_scale: float = 1.0  # of cos and sin of rotated pairs (yarn)
+    scale: float = 0.0  # of scores; 0: head_dim ** -0.5
+    mixer: str = "attention"
+    sinks: bool = False
+    values_from_keys: bool = False
+    value_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in place of the FFN."""
+
+    experts: int
+    chosen: int
+    width: int
+    shared: int = 0
+    score: str = "softmax"
+    renormalize: bool = False
+    factor: float = 1.0
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a model. `n_local_heads` counts the KV heads, `block_size` is the context."""
+    """The shape of a model; families.py makes it of a published config.json.
+
+    `layers` gives the kind of each layer, as an index into `kinds`; `block_size` is the context.
+    """
 
     dim: int
     n_layer: int
-    n_head: int
-    n_local_heads: int
-    intermediate_size: int
     vocab_size: int
     block_size: int
-    rope_base: float = 10000.0
-    rope_scaling: dict | None = None  # as in a published config.json
+    intermediate_size: int
+    kinds: tuple[LayerKind, ...]
+    layers: tuple[int, ...]
     norm_eps: float = 1e-5
-    head_dim: int = 0  # 0: dim / n_head
+    norms: str = "pre"  # pre | post | both
+    qk_norm: str = ""  # "" | head | flat
+    act: str = "silu"
     tied: bool = False  # the output matrix is the embedding
     biases: tuple[str, ...] = ()  # the Linears that have a bias
-    qk_norm: bool = False
+    mixture: Mixture | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            optional = 0 if field.name == "head_dim" else 1
-            if field.type == "int" and not (isinstance(value, int) and value >= optional):
-                raise UserError(f"config.json: {field.name} is {value!r}, not a count")
-            if field.type == "float" and not isinstance(value, int | float):
-                raise UserError(f"config.json: {field.name} is {value!r}, not a number")
-        self.head_dim = self.head_dim or self.dim // self.n_head
+        """Refuse what the network below does not do yet, rather than ignore it."""
+        plain = dict(norms="pre", act="silu", mixture=None, embed_scale=1.0, residual_scale=1.0)
+        plain |= dict(logit_scale=1.0, logit_cap=0.0)
+        plain_kind = dict(mixer="attention", sinks=False, values_from_keys=False, value_norm=False)
+        found = [(self, plain), *((kind, plain_kind) for kind in self.kinds)]
+        odd = [name for of, names in found for name in names if getattr(of, name) != names[name]]
+        odd += ["qk_norm"] if self.qk_norm not in ("", "head") else []
+        if odd:
+            raise UserError(f"the network has no other {odd[0]} yet; use another model")
 
-    @classmethod
-    def from_config(cls, config: dict) -> ModelArgs:
-        """Read a published Hugging Face `config.json`; `UserError` on what this network is not."""
-        family = config.get("model_type")
-        if family not in FAMILIES:
-            raise UserError(
-                f"config.json: model_type {family!r} is not supported; use one of {FAMILIES}"
-            )
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"config.json: rope_scaling is {rope!r}, not an object")
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        for key in ROPE_NUMBERS.get(scaling, ()):
-            if not isinstance(rope.get(key), int | float):
-                raise UserError(f"config.json: {scaling} rope scaling lacks the number {key}")
-        for key, value, known in (
-            ("rope_type", scaling, ("default", *ROPE_NUMBERS)),
-            ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
-            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
-        ):
-            if value not in known:
-                raise UserError(f"config.json: {key} {value!r} is not supported; known: {known}")
-        # Attention here sees the whole context, which equals a sliding window up to its length.
-        sliding = family == "mistral" or config.get("use_sliding_window", False)
-        window = config.get("sliding_window") if sliding else None
-        limits = [limit for limit in (config.get("max_position_embeddings"), window) if limit]
-        biases = ("wqkv",) if family == "qwen2" else ()
-        if family != "qwen2" and config.get("attention_bias"):
-            biases = ("wqkv", "wo")
-        if config.get("mlp_bias"):
-            biases += ("w1", "w2", "w3")
-        try:
-            return cls(
-                dim=config["hidden_size"],
-                n_layer=config["num_hidden_layers"],
-                n_head=config["num_attention_heads"],
-                n_local_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-                intermediate_size=config["intermediate_size"],
-                vocab_size=config["vocab_size"],
-                block_size=min(limits, default=None),
-                rope_base=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
-                norm_eps=config.get("rms_norm_eps", 1e-6),
-                head_dim=config.get("head_dim") or 0,
-                rope_scaling=None if scaling == "default" else rope | {"rope_type": scaling},
-                tied=config.get("tie_word_embeddings", False),
-                biases=biases,
-                qk_norm=family == "qwen3",
-            )
-        except KeyError as error:
-            raise UserError(f"config.json lacks {error}; fetch it again") from None
+    def share(self, world: int) -> ModelArgs:
+        """The shape of one rank's part of `world`: fewer heads and hidden units, of equal size."""
+        heads = [(kind, kind.n_head // world, kind.n_local_heads // world) for kind in self.kinds]
+        kinds = [dataclasses.replace(k, n_head=n, n_local_heads=kv) for k, n, kv in heads]
+        ffn = self.intermediate_size // world
+        return dataclasses.replace(self, kinds=tuple(kinds), intermediate_size=ffn)
 
-    @classmethod
-    def from_folder(cls, folder: Path) -> ModelArgs:
-        """Read `folder`/config.json or, where there is none, take the preset the name contains."""
-        if (folder / "config.json").exists():
-            return cls.from_config(read_json(folder / "config.json"))
-        name = folder.resolve().name.lower()
-        fitting = [preset for preset in PRESETS if preset in name]
-        if not fitting:
-            raise UserError(
-                f"{folder} has no config.json and its name fits no preset; "
-                f"add the config.json, or name the folder after one of: {', '.join(PRESETS)}"
-            )
-        return PRESETS[max(fitting, key=len)]
-
-
-def llama3_rope(factor: int) -> dict:
-    """The rope scaling of Llama 3.1 (factor 8) and 3.2 (factor 32), as their config.json has it."""
-    bounds = dict(zip(LLAMA3_BOUNDS, (1.0, 4.0, 8192), strict=True))
-    return {"rope_type": "llama3", "factor": float(factor)} | bounds
-
-
-# For folders without a config.json and for benchmarks on random weights. The columns are dim,
-# layers, heads, KV heads, FFN width, vocabulary, context and rope base of the published files.
-PRESETS = {
-    "llama-2-7b": ModelArgs(4096, 32, 32, 32, 11008, 32000, 4096),
-    "llama-2-13b": ModelArgs(5120, 40, 40, 40, 13824, 32000, 4096),
-    "llama-2-70b": ModelArgs(8192, 80, 64, 8, 28672, 32000, 4096),
-    "codellama-7b": ModelArgs(4096, 32, 32, 32, 11008, 32016, 16384, 1e6),
-    "codellama-7b-python": ModelArgs(4096, 32, 32, 32, 11008, 32000, 16384, 1e6),
-    "codellama-34b": ModelArgs(8192, 48, 64, 8, 22016, 32000, 16384, 1e6),
-    "llama-3-8b": ModelArgs(4096, 32, 32, 8, 14336, 128256, 8192, 5e5),
-    "llama-3-70b": ModelArgs(8192, 80, 64, 8, 28672, 128256, 8192, 5e5),
-    "llama-3.1-8b": ModelArgs(4096, 32, 32, 8, 14336, 128256, 131072, 5e5, llama3_rope(8)),
-    "llama-3.1-70b": ModelArgs(8192, 80, 64, 8, 28672, 128256, 131072, 5e5, llama3_rope(8)),
-    "llama-3.1-405b": ModelArgs(16384, 126, 128, 8, 53248, 128256, 131072, 5e5, llama3_rope(8)),
-    "llama-3.2-1b": ModelArgs(
-        2048, 16, 32, 8, 8192, 128256, 131072, 5e5, llama3_rope(32), tied=True
-    ),
-    "llama-3.2-3b": ModelArgs(
-        3072, 28, 24, 8, 8192, 128256, 131072, 5e5, llama3_rope(32), tied=True
-    ),
-    "mistral-7b": ModelArgs(4096, 32, 32, 8, 14336, 32000, 32768, 1e6),
-    "mistral-7b-v0.1": ModelArgs(4096, 32, 32, 8, 14336, 32000, 4096),
-    "mistral-7b-instruct-v0.1": ModelArgs(4096, 32, 32, 8, 14336, 32000, 4096),
-    "mistral-7b-v0.3": ModelArgs(4096, 32, 32, 8, 14336, 32768, 32768, 1e6),
-    "mistral-7b-instruct-v0.3": ModelArgs(4096, 32, 32, 8, 14336, 32768, 32768, 1e6),
-    "tinyllama-1.1b": ModelArgs(2048, 22, 32, 4, 5632, 32000, 2048),
-    "smollm2-135m": ModelArgs(576, 30, 9, 3, 1536, 49152, 8192, 1e5, tied=True),
-    "smollm2-360m": ModelArgs(960, 32, 15, 5, 2560, 49152, 8192, 1e5, tied=True),
-    "smollm2-1.7b": ModelArgs(2048, 24, 32, 32, 8192, 49152, 8192, 1.3e5, tied=True),
-    "stories15m": ModelArgs(288, 6, 6, 6, 768, 32000, 256, tied=True),
-    "stories42m": ModelArgs(512, 8, 8, 8, 1376, 32000, 1024, tied=True),
-    "stories110m": ModelArgs(768, 12, 12, 12, 2048, 32000, 1024, tied=True),
-    "stories260k": ModelArgs(64, 5, 8, 4, 172, 512, 512, tied=True),
-}
 
 # ------------------------------------------------------------------------------------------------
 # The network
+
+
+class Output(NamedTuple):
+    """What a forward pass gives for each position asked for."""
+
+    logits: Tensor  # [B, N|T, vocab_size]
+    hidden: Tensor  # [B, N|T, dim], after the last norm
 
 
 class RMSNorm(nn.Module):
@@ -187,20 +129,13 @@ class RMSNorm(nn.Module):
         return x32.type_as(x) * self.weight
 
 
-def rope_frequencies(args: ModelArgs) -> Tensor:
-    """Angle per position of each pair of dimensions: float32 `[D/2]`, scaled as the config says."""
-    exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32) / args.head_dim
-    freqs = 1.0 / args.rope_base**exponents
-    scaling = args.rope_scaling
-    if not scaling:
-        return freqs
-    if scaling["rope_type"] == "linear":
-        return freqs / scaling["factor"]
-    # Llama 3.1: long waves are stretched by `factor`, short ones kept, those between interpolated.
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return freqs * (keep + (1 - keep) / scaling["factor"])
+def rotations(kind: LayerKind, length: int) -> Tensor:
+    """cos and sin of each pair of dimensions at each position: float32 `[length, D/2, 2]`."""
+    positions = torch.arange(length, dtype=torch.float32)
+    freqs = torch.tensor(kind.rope, dtype=torch.float32)
+    angles = torch.outer(positions, freqs)  # [length, D/2]
+    scale = torch.where(freqs == 0, 1.0, kind.rope_scale)  # what is not rotated keeps its length
+    return torch.stack((angles.cos() * scale, angles.sin() * scale), -1)
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -213,54 +148,78 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 class KVCache(nn.Module):
     """Keys and values of one layer; the last slot takes what padding writes and is never read."""
 
-    def __init__(self, batch_size: int, n_heads: int, length: int, head_dim: int, like: Tensor):
+    def __init__(self, batch_size: int, kind: LayerKind, length: int, like: Tensor):
         super().__init__()
-        shape = (batch_size, n_heads, length + 1, head_dim)
+        shape = (batch_size, kind.n_local_heads, length + 1, kind.head_dim)
         self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
         self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
+        # Whether the operators of kernels.py read and write it.
+        self.has_kernels = kernels is not None and kernels.take_cache(self.k_cache)
 
-    def update(
-        self, input_pos: Tensor, k: Tensor, v: Tensor, length: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Write k, v `[B, T, H, D]` at input_pos `[B, T]`; return the first `length` positions.
-
-        Without `length` it returns all of them.
-        """
-        rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
+    def update(self, input_pos: Tensor, k: Tensor, v: Tensor, length: int) -> tuple:
+        """Write k, v `[B, T, H, D]` at input_pos `[B, T]`; return the first `length` positions."""
+        rows = torch.arange(len(k), device=k.device).unsqueeze(1)
         self.k_cache[rows, :, input_pos] = k
         self.v_cache[rows, :, input_pos] = v
-        return self.k_cache[:, :, :length], self.v_cache[:, :, :length]  # [B, H, L, D]
+        return self.k_cache[: len(k), :, :length], self.v_cache[: len(k), :, :length]
 
 
 class Attention(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, kind: LayerKind):
         super().__init__()
-        self.heads = (args.n_head, args.n_local_heads, args.n_local_heads)  # of q, k and v
-        self.head_dim = args.head_dim
-        self.wqkv = Linear(args.dim, sum(self.heads) * args.head_dim, "wqkv" in args.biases)
-        self.wo = Linear(args.n_head * args.head_dim, args.dim, "wo" in args.biases)
+        self.kind, self.eps = kind, args.norm_eps
+        self.heads = (kind.n_head, kind.n_local_heads, kind.n_local_heads)  # of q, k and v
+        self.wqkv = Linear(args.dim, sum(self.heads) * kind.head_dim, "wqkv" in args.biases)
+        self.wo = Linear(kind.n_head * kind.head_dim, args.dim, "wo" in args.biases)
         norm = RMSNorm if args.qk_norm else nn.Identity
-        self.q_norm = norm(args.head_dim, args.norm_eps)
-        self.k_norm = norm(args.head_dim, args.norm_eps)
+        self.q_norm = norm(kind.head_dim, args.norm_eps)
+        self.k_norm = norm(kind.head_dim, args.norm_eps)
+        self.register_buffer("freqs_cis", None, persistent=False)  # [S + 1, D/2, 2]
         self.kv_cache: KVCache | None = None
 
-    def forward(
-        self, x: Tensor, input_pos: Tensor, freqs_cis: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+    def mask(self, input_pos: Tensor, kv_len: int, dtype: torch.dtype) -> Tensor | None:
+        """-inf where queries at input_pos `[B, T]` must not look, else 0: `[B, 1, T*G, kv_len]`.
+
+        None where the operators of kernels.py attend: they go by input_pos.
+        """
+        if self.kv_cache.has_kernels:
+            return None
+        groups = self.kind.n_head // self.kind.n_local_heads
+        visible_to = input_pos.repeat_interleave(groups, dim=1)[:, None, :, None]  # [B, 1, T*G, 1]
+        places = torch.arange(kv_len, device=input_pos.device)
+        masked = places > visible_to  # [B, 1, T*G, L]
+        if self.kind.window:
+            masked = masked | (places <= visible_to - self.kind.window)
+        return torch.zeros_like(masked, dtype=dtype).masked_fill_(masked, -math.inf)
+
+    def forward(self, x: Tensor, input_pos: Tensor, mask: Tensor | None, prefill: bool) -> Tensor:
+        qkv = self.wqkv(x, prefill).unflatten(-1, (-1, self.kind.head_dim))
+        attend = self.attend if mask is not None else self.attend_by_kernels
+        return self.wo(attend(qkv, input_pos, mask), prefill)  # [B, T, H*G*D] -> [B, T, dim]
+
+    def attend(self, qkv: Tensor, input_pos: Tensor, mask: Tensor) -> Tensor:
+        """Attention of qkv `[B, T, heads, D]` under a mask `[B, 1, T*G, L]`."""
+        q, k, v = qkv.split(self.heads, dim=2)
+        freqs_cis = self.freqs_cis[input_pos]
         q = apply_rotary_emb(self.q_norm(q), freqs_cis)
         k = apply_rotary_emb(self.k_norm(k), freqs_cis)
-        if mask is None:  # the kernel goes by input_pos
-            k, v = self.kv_cache.update(input_pos, k, v, None)
-            return self.wo(torch.ops.tokenbus.attend(q, k, v, input_pos))
         k, v = self.kv_cache.update(input_pos, k, v, mask.shape[-1])  # [B, H, L, D]
         q = q.unflatten(2, (k.shape[1], -1))  # [B, T, H, G, D]
         # The G query heads of a KV head become rows, so that the cache is never repeated.
         q = q.transpose(1, 2).flatten(2, 3)  # -> [B, H, T*G, D]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = y.unflatten(2, (T, -1)).transpose(1, 2).reshape(B, T, -1)  # -> [B, T, H*G*D]
-        return self.wo(y)
+        scale = self.kind.scale or None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        y = y.unflatten(2, (input_pos.shape[1], -1)).transpose(1, 2)  # [B, T, H, G, D]
+        return y.flatten(2)
+
+    def attend_by_kernels(self, qkv: Tensor, input_pos: Tensor, _mask: None) -> Tensor:
+        """The same by the operators of kernels.py, which need no mask."""
+        kind, cache, ops = self.kind, self.kv_cache, torch.ops.tokenbus
+        norms = [getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm)]
+        caches = cache.k_cache, cache.v_cache
+        q = ops.rotate_write(qkv, input_pos, self.freqs_cis, *norms, self.eps, *caches)
+        scale = kind.scale or kind.head_dim**-0.5
+        return ops.attend(q, *caches, input_pos, scale, kind.window, None)
 
 
 class FeedForward(nn.Module):
@@ -270,23 +229,21 @@ class FeedForward(nn.Module):
         self.w3 = Linear(args.dim, args.intermediate_size, "w3" in args.biases)
         self.w2 = Linear(args.intermediate_size, args.dim, "w2" in args.biases)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor, prefill: bool) -> Tensor:
+        return self.w2(F.silu(self.w1(x, prefill)) * self.w3(x, prefill), prefill)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, kind: LayerKind):
         super().__init__()
-        self.attention = Attention(args)
+        self.attention = Attention(args, kind)
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(
-        self, x: Tensor, input_pos: Tensor, freqs_cis: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), input_pos, freqs_cis, mask)
-        return h + self.feed_forward(self.ffn_norm(h))
+    def forward(self, x: Tensor, input_pos: Tensor, mask: Tensor | None, prefill: bool) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), input_pos, mask, prefill)
+        return h + self.feed_forward(self.ffn_norm(h), prefill)
 
 
 class Transformer(nn.Module):
@@ -294,34 +251,32 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
+        kinds = [args.kinds[i] for i in args.layers]
+        self.layers = nn.ModuleList(TransformerBlock(args, kind) for kind in kinds)
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
         self.max_seq_length = 0
-        self.prepared = False
-        self.attends = False  # by a kernel that needs no mask, with up to FEW_ROWS positions
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
 
     def setup_caches(self, batch_size: int, max_seq_length: int) -> None:
-        """Allocate the KV cache of every layer and the table of rotations."""
-        args, weight = self.args, self.norm.weight
-        for layer in self.layers:
-            shape = (batch_size, args.n_local_heads, max_seq_length, args.head_dim)
-            layer.attention.kv_cache = KVCache(*shape, like=weight)
-        positions = torch.arange(max_seq_length + 1, dtype=torch.float32)
-        angles = torch.outer(positions, rope_frequencies(args))  # [S + 1, D/2]
-        table = torch.stack((angles.cos(), angles.sin()), -1).to(weight.device)
-        self.register_buffer("freqs_cis", table, persistent=False)
+        """Allocate the KV cache of every layer and the tables of rotations."""
+        tables = [rotations(kind, max_seq_length + 1).to(self.device) for kind in self.args.kinds]
+        for layer, kind in zip(self.layers, self.args.layers, strict=True):
+            attention = layer.attention
+            attention.kv_cache = None  # the old one goes first
+            attention.freqs_cis = tables[kind]
+            shape = (batch_size, attention.kind, max_seq_length)
+            attention.kv_cache = KVCache(*shape, like=self.norm.weight)
         self.max_seq_length = max_seq_length
 
-    def prepare(self) -> None:
-        """Make of the weights, which must not change any more, what the fastest kernels want."""
-        if self.prepared:
-            return
-        self.prepared = True
-        for linear in (module for module in self.modules() if isinstance(module, Linear)):
-            linear.prepare()
-        width, fits = self.args.head_dim, self.output.takes_kernels(self.norm.weight.dtype)
-        self.attends = fits and width % 32 == 0 and width <= 256
+    def pack_weights(self) -> None:
+        """Make of the weights, which must not change any more, what this device's kernels want."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack_weights()
 
     def forward(
         self,
@@ -329,30 +284,27 @@ class Transformer(nn.Module):
         input_pos: Tensor,
         kv_len: int,
         last: Tensor | None = None,
-        block: Callable | None = None,
-    ) -> Tensor:
-        """Logits after each token of idx `[B, T]` standing at input_pos `[B, T]`.
+        block: Callable = TransformerBlock.forward,
+    ) -> Output:
+        """Run tokens idx `[B, T]` that stand at input_pos `[B, T]`.
 
-        Only the first `kv_len` cache positions are looked at: more than every position in use, and
-        see `kv_steps`. Padding stands at position `max_seq_length`. `last` `[B, N]` picks indices
-        of T a row, whose logits alone are computed. `block` is what runs each layer, so that one
-        compiled block can serve all.
-        Returns `[B, T, vocab_size]`, or `[B, N, …]` with `last`.
+        Only the first `kv_len` cache positions are visible: more than every position in use, and
+        see `kv_steps`. Padding stands at position `max_seq_length`. A pass with `last` `[B, N]` is
+        a prefill: logits come for these N indices of T alone, and every product uses the arithmetic
+        for many rows, however few there are. `block` runs each layer, so that one compiled block
+        can serve all.
         """
-        block = block or TransformerBlock.forward
+        prefill = last is not None
         x = self.tok_embeddings(idx)  # [B, T] -> [B, T, dim]
-        freqs_cis = self.freqs_cis[input_pos]
-        mask = None
-        if not self.attends or idx.shape[1] > FEW_ROWS:
-            groups = self.args.n_head // self.args.n_local_heads
-            reach = input_pos.repeat_interleave(groups, dim=1)[:, None, :, None]  # [B, 1, T*G, 1]
-            hidden = torch.arange(kv_len, device=idx.device) > reach  # [B, 1, T*G, L]
-            mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill_(hidden, -math.inf)
-        for layer in self.layers:
-            x = block(layer, x, input_pos, freqs_cis, mask)
-        if last is not None:
+        masks: dict[int, Tensor | None] = {}
+        for layer, kind in zip(self.layers, self.args.layers, strict=True):
+            if kind not in masks:
+                masks[kind] = layer.attention.mask(input_pos, kv_len, x.dtype)
+            x = block(layer, x, input_pos, masks[kind], prefill)
+        if prefill:
             x = x.take_along_dim(last.unsqueeze(-1), 1)
-        return self.output(self.norm(x))
+        hidden = self.norm(x)
+        return Output(self.output(hidden, prefill), hidden)
 
     def kv_steps(self, length: int) -> int:
         """The number of cache positions to look at when the first `length` are filled.
@@ -367,24 +319,26 @@ class Transformer(nn.Module):
         """Bytes that decoding one token reads: every weight once, and `kv_len` cached positions."""
         weights = self.state_dict(keep_vars=True)
         read = sum(t.nbytes for name, t in weights.items() if name != "tok_embeddings.weight")
-        cache = self.layers[0].attention.kv_cache
-        per_position = 2 * cache.k_cache[:, :, 0].nbytes * self.args.n_layer
-        return read + per_position * kv_len
+        positions = [
+            (layer.attention.kv_cache.k_cache[:, :, 0].nbytes, layer.attention.kind.window)
+            for layer in self.layers
+        ]
+        return read + sum(2 * size * min(kv_len, window or kv_len) for size, window in positions)
 
     @classmethod
     def from_checkpoint(
         cls,
         path: Path,
+        args: ModelArgs,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         shard: Any = None,
     ) -> Transformer:
-        """Build the model in the file `path`, memory-mapped; its shape comes from the folder.
+        """Build the model of this shape in the file `path`, memory-mapped.
 
         `shard`, a `tp.Shard`, takes one rank's part of it.
         """
         state = load_state(path)
-        args = ModelArgs.from_folder(path.parent)
         with torch.device("meta"):
             model = cls(args)
         tied = args.tied and "output.weight" not in state
@@ -452,14 +406,3 @@ def check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor
             raise UserError(f"{path}: {name} is {found}, not {wanted}; {advice}")
     for name in state.keys() - expected.keys():
         raise UserError(f"{path} holds {name}, which this model does not have; {advice}")
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device called `name`, else by the variable DEVICE, else CUDA if there is a GPU."""
-    name = name or os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()  # meta has no values, an absent GPU no memory
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, AttributeError):
-        raise UserError(f"device {name!r} cannot be used here; try --device cpu") from None
