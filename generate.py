@@ -1,445 +1,66 @@
 """Generates text from a prepared checkpoint: prompts, batches of prompts, or a conversation.
 
-    python generate.py --compile --prompt "Hello, my name is"
+    python generate.py --prompt "Hello, my name is"
 
-A prompt is *prefilled*: its tokens go through the model at once and leave their keys and values in
-the cache. Then tokens are *decoded* one a step, each step reading every weight once, so the speed
-limit is the memory bus. Text goes to standard output, figures to standard error.
+Text goes to standard output, statistics to standard error. This file is the command line; engine.py
+runs the model. `speculate.py`, `prefill_cache.py`, `tp.py` and `ranges.py` are needed for their
+flags only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import itertools
+import importlib
 import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Iterator, Set
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import kernels
-import tp
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
-from linear import FEW_ROWS
-from model import Transformer, TransformerBlock
-from prefill_cache import PrefillCache, add_context_flags, make_cache
-from ranges import traced
+from engine import (
+    FEW_ROWS,
+    Engine,
+    Sampling,
+    allocate_cache,
+    default_checkpoint,
+    find_device,
+    generate,
+    load,
+    synchronize,
+)
+from linear import kernels
+from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
 
-DEFAULT_CHECKPOINT = (
-    Path(__file__).resolve().parent / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth"
-)
-PREFILL_CHUNK = 512  # bounds the attention mask
 
-# ------------------------------------------------------------------------------------------------
-# Sampling
-
-
-@dataclasses.dataclass
-class Sampling:
-    """How a token is drawn: temperature 0 is argmax; top_k 0, top_p 1, min_p 0 filter nothing."""
-
-    temperature: float = 0.8
-    top_k: int = 200
-    top_p: float = 1.0
-    min_p: float = 0.0
+def optional(name: str) -> Any:
+    """The module `name`; None where its file has been left out."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn and their probabilities, two `[B, K]`, for logits `[B, V]`.
-
-    top-k keeps the K likeliest tokens, top-p (nucleus; Holtzman et al. 2020, arXiv 1904.09751) the
-    fewest whose probabilities reach p, min-p (Nguyen et al. 2024, arXiv 2407.01082) those at least
-    min_p times as likely as the likeliest. The likeliest token always stays; at temperature 0 it is
-    alone.
-    """
-    if sampling.temperature < 1e-5:
-        tokens = logits.max(-1, keepdim=True).indices  # the first, as of argmax, but faster
-        return torch.ones_like(tokens, dtype=torch.float32), tokens
-    logits = logits.float() / sampling.temperature
-    if not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0:
-        return logits.softmax(-1), torch.arange(logits.shape[-1], device=logits.device).expand_as(
-            logits
-        )
-    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    logits, tokens = logits.topk(k)  # likeliest first
-    probs = logits.softmax(-1)
-    dropped = (probs.cumsum(-1) - probs >= sampling.top_p) | (probs < sampling.min_p * probs[:, :1])
-    dropped[:, 0] = False
-    probs = probs.masked_fill(dropped, 0)
-    return probs / probs.sum(-1, keepdim=True), tokens
+tp, speculation, prefill_cache = map(optional, ("tp", "speculate", "prefill_cache"))
 
 
-def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one index a row, as likely as its share of weights `[B, K]`: `[B, 1]`.
-
-    The largest of w / Exponential(1) falls on i with probability w_i / sum w (the Gumbel-max
-    trick), and nothing waits for the device.
-    """
-    noise = torch.empty_like(weights).exponential_(generator=generator).clamp_(min=1e-20)
-    return (weights / noise).argmax(-1, keepdim=True)
-
-
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token a row: logits `[B, V]` -> `[B]`."""
-    probs, tokens = candidates(logits, sampling)
-    return tokens.gather(-1, draw(probs, generator)).squeeze(-1)
-
-
-# ------------------------------------------------------------------------------------------------
-# Prefill and decode
-
-
-class Engine:
-    """A model with its KV cache, and the functions, compiled or not, that run it.
-
-    `compile` "block" compiles one transformer block that serves every layer: a short cold start.
-    "whole" compiles the whole decoding step, on CUDA into a CUDA graph. A model that is one kernel
-    is not compiled at all. A decoding step takes up to `width` tokens a row; more are prefilled.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        compile: str | None,
-        compile_prefill: bool = False,
-        width: int = 1,
-    ):
-        self.model, self.compile_prefill, self.width = model, compile_prefill, width
-        self.cache: PrefillCache | None = None  # of contexts that prompts may begin with
-        self.cached_tokens = 0  # of each prompt, those that the last prefill found done
-        self.engines = [self]  # as of a `Speculator`
-        model.prepare()
-        self.fused = kernels.fuse(model)
-        self.decode_step = self.prefill_step = self.fused or model
-        if self.fused:  # nothing is left to compile
-            return
-        # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
-        # sizes that happen to be equal when it is made are not taken for one and the same.
-        torch.fx.experimental._config.use_duck_shape = False
-        torch._dynamo.config.recompile_limit = 64  # a graph for each mix of schemes in a block
-        torch._dynamo.config.specialize_float = True  # `eps` is a constant, not a dynamic number
-        options = {"size_asserts": False}  # what they check costs as much as small kernels
-        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True, options=options)
-        if compile == "block":
-            self.decode_step = functools.partial(model, block=compiled(TransformerBlock.forward))
-        elif compile == "whole":
-            options["triton.cudagraphs"] = model.freqs_cis.device.type == "cuda"
-            self.decode_step = compiled(model)
-        if compile_prefill:
-            self.prefill_step = functools.partial(model, block=compiled(TransformerBlock.forward))
-
-    def step(
-        self, idx: Tensor, input_pos: Tensor, kv_len: int, last: Tensor | None = None
-    ) -> Tensor:
-        """Logits of tokens idx `[B, T]` at input_pos; the arguments are those of the model."""
-        if idx.shape[1] > self.width:
-            return self.prefill_step(idx, input_pos, kv_len, last)
-        logits = self.decode_step(idx, input_pos, kv_len)
-        return logits if last is None else logits.take_along_dim(last.unsqueeze(-1), 1)
-
-    def warm_up(self, batch_size: int) -> float:
-        """Compile everything now; the seconds it took."""
-        model, device, began = self.model, self.model.freqs_cis.device, time.perf_counter()
-        longest = FEW_ROWS + 1 if self.compile_prefill else self.width
-        for T in {1, 2, self.width + 1, FEW_ROWS + 1} & {*range(longest + 1)}:
-            idx = torch.zeros(batch_size, T, dtype=torch.int64, device=device)
-            input_pos = torch.full_like(idx, model.max_seq_length)  # the spare slot
-            last = None if T <= self.width else input_pos[:, :1] * 0
-            for _ in range(3):  # a CUDA graph is compiled, recorded and replayed
-                self.step(idx, input_pos, model.kv_steps(1), last)
-        synchronize(device)
-        return time.perf_counter() - began
-
-    def prefill(self, prompts: list[list[int]], start: int = 0) -> Tensor:
-        """Run each prompt's tokens from `start` on; logits `[B, V]` after the last of each.
-
-        The cache must hold the first `start` tokens of every prompt, and every prompt go further.
-        Rows are padded on the right; padding stands at the cache's spare slot. Of new prompts, what
-        the prefill cache has of the beginning that all share is loaded from there.
-        """
-        if self.cache and start == 0:
-            start = self.cache.resume(prompts, self.model)
-        self.cached_tokens = start
-        spare, device = self.model.max_seq_length, self.model.freqs_cis.device
-        logits = torch.zeros((), device=device)
-        for begin in range(start, max(map(len, prompts)), PREFILL_CHUNK):
-            chunk = [prompt[begin : begin + PREFILL_CHUNK] for prompt in prompts]
-            T = max(map(len, chunk))
-            idx = [row + [0] * (T - len(row)) for row in chunk]
-            pos = [[*range(begin, begin + len(row))] + [spare] * (T - len(row)) for row in chunk]
-            last = [[max(len(row) - 1, 0)] for row in chunk]
-            idx, pos, last = (torch.tensor(x, device=device) for x in (idx, pos, last))
-            here = torch.tensor([[len(row) > 0] for row in chunk], device=device)
-            chunk_logits = self.step(idx, pos, self.model.kv_steps(begin + T), last)[:, 0]
-            logits = torch.where(here, chunk_logits, logits)
-        return logits
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def generate(
-    engine: Engine,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    max_new_tokens: int,
-    eos_ids: Set[int] = frozenset(),
-    seed: int = 0,
-    start: int = 0,
-) -> Iterator[list[int | None]]:
-    """Yield the next token of every prompt, and None for those that have ended, until all have.
-
-    A row ends with a token of `eos_ids`, with `max_new_tokens` or with a full cache. The cache must
-    hold the first `start` tokens of each prompt; afterwards it holds all tokens but the last.
-    """
-    model, device = engine.model, engine.model.freqs_cis.device
-    generator = torch.Generator(device).manual_seed(seed)
-    lengths, alive = [len(prompt) for prompt in prompts], [True] * len(prompts)
-    input_pos = torch.tensor([[length] for length in lengths], device=device)  # [B, 1]
-    logits = engine.prefill(prompts, start)
-    while True:
-        tokens = sample(logits, sampling, generator)  # [B]
-        ids = tokens.tolist()
-        yield [token if row_alive else None for token, row_alive in zip(ids, alive, strict=True)]
-        max_new_tokens -= 1
-        lengths = [length + 1 for length in lengths]
-        for row, token in enumerate(ids):
-            alive[row] &= token not in eos_ids and lengths[row] <= model.max_seq_length
-        if not any(alive) or not max_new_tokens:
-            return
-        filled = max(length for length, row_alive in zip(lengths, alive, strict=True) if row_alive)
-        logits = engine.step(tokens.unsqueeze(1), input_pos, model.kv_steps(filled))[:, 0]
-        input_pos = (input_pos + 1).clamp(max=model.max_seq_length)
-
-
-# ------------------------------------------------------------------------------------------------
-# Speculation: a draft proposes tokens, one pass of the model judges them all
-
-
-class DraftModel:
-    """Proposes tokens with a model that is cheaper to run; `vocab_size` is the target's."""
-
-    def __init__(self, engine: Engine, vocab_size: int):
-        self.engine, self.vocab_size, self.engines = engine, vocab_size, [engine]
-        self.known = 0  # so many tokens of the text, not more, are in the cache
-
-    def begin(self, start: int) -> None:
-        """A new text comes, whose first `start` tokens are those of the last one."""
-        self.known = min(self.known, start)
-
-    def propose(
-        self, text: list[int], k: int, sampling: Sampling, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Up to k tokens to follow `text`, `[k]`, and what each was drawn from, `[k, V]`."""
-        model = self.engine.model
-        # What was rejected stands behind the known tokens in the cache, to be written over.
-        known = self.known = min(self.known, len(text) - 1)
-        k = max(0, min(k, model.max_seq_length + 1 - len(text)))  # the last one is not fed
-        if max(text[known:]) >= model.args.vocab_size:  # not in the draft's embedding
-            k = 0
-        q = model.freqs_cis.new_zeros(k, self.vocab_size)
-        ids = torch.zeros(k, dtype=torch.int64, device=q.device)
-        if k == 0:
-            return ids, q
-        logits = self.engine.prefill([text], known)
-        for i, place in enumerate(range(len(text), len(text) + k)):
-            probs, tokens = candidates(logits[:, : self.vocab_size], sampling)
-            q[i].scatter_(0, tokens[0], probs[0])
-            ids[i] = tokens[0].gather(0, draw(probs, generator)[0])[0]
-            if i + 1 < k:
-                position = torch.full((1, 1), place, device=q.device)
-                kv_len = model.kv_steps(place + 1)
-                logits = self.engine.step(ids[i].view(1, 1), position, kv_len)[:, 0]
-        self.known = len(text) + k - 1
-        return ids, q
-
-
-class PromptLookup:
-    """Proposes what followed the last few tokens where they stood before (Saxena 2023)."""
-
-    def __init__(self, vocab_size: int, device: torch.device):
-        self.vocab_size, self.device, self.engines = vocab_size, device, []
-        self.begin(0)
-
-    def begin(self, start: int) -> None:
-        """A new text comes."""
-        self.seen, self.follows = 1, {}  # where the latest token after each n-gram stands
-
-    def propose(
-        self, text: list[int], k: int, sampling: Sampling, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """As `DraftModel.propose`, in one-hot distributions; none where nothing is repeated."""
-        for place in range(self.seen, len(text)):
-            for n in (3, 2):
-                self.follows[tuple(text[max(place - n, 0) : place])] = place
-        self.seen = max(self.seen, len(text))
-        places = (self.follows.get(tuple(text[-n:])) for n in (3, 2))
-        place = next((place for place in places if place), None)
-        found = [] if place is None else text[place : place + k]
-        while place is not None and len(found) < k:  # it goes on into what it proposes
-            found += found[: k - len(found)]
-        ids = torch.tensor(found, dtype=torch.int64, device=self.device)
-        q = torch.zeros(len(ids), self.vocab_size, device=self.device)
-        return ids, q.scatter_(1, ids.unsqueeze(1), 1.0)
-
-
-def judge(p: Tensor, ids: Tensor, q: Tensor, generator: torch.Generator) -> Tensor:
-    """Accept the first of the proposed tokens and draw one more, so that all are drawn from p.
-
-    ids `[k]` were drawn from q `[k, V]`; p `[k + 1, V]` is what the model gives after each, and
-    before the first. Token i is accepted with probability min(1, p/q); the first that is not is
-    replaced by a draw from max(0, p - q); after the last, one is drawn from p. The result has the
-    distribution p (Leviathan et al. 2023, arXiv 2211.17192, theorem 1). Returns `[k + 2]`: the
-    number accepted, ids, and the token drawn.
-    """
-    chance = torch.rand(len(ids), device=p.device, generator=generator)
-    at = ids.unsqueeze(1)
-    accepted = chance * q.gather(1, at)[:, 0] < p[:-1].gather(1, at)[:, 0]
-    count = accepted.long().cumprod(0).sum().view(1)
-    p = p.index_select(0, count)
-    rest = (p - F.pad(q, (0, 0, 0, 1)).index_select(0, count)).clamp_(min=0)
-    rest = torch.where(rest.sum() > 0, rest, p)  # rounding may leave nothing
-    return torch.cat((count, ids, draw(rest, generator)[0]))
-
-
-class Speculator:
-    """A model and what drafts for it: up to k tokens a step, or fewer while that is faster.
-
-    `fixed` always asks for k. Otherwise it asks for the number that gives the most tokens a second,
-    by the share of proposals accepted of late and by what steps of 0, 1 and k cost in `warm_up`.
-    """
-
-    def __init__(self, engine: Engine, draft: DraftModel | PromptLookup, k: int, fixed: bool):
-        self.engine, self.draft, self.k, self.fixed = engine, draft, k, fixed
-        self.model, self.engines = engine.model, [engine, *draft.engines]
-        self.costs = [1.0] * (k + 1)  # of a step with so many proposals
-        self.histogram = [0] * (k + 1)  # steps of this text that accepted so many
-        self.hits, self.trials, self.idle = 3.5, 5.0, 0  # a guess, until something is known
-
-    def step(
-        self, text: list[int], k: int, sampling: Sampling, generator: torch.Generator
-    ) -> tuple[list[int], int]:
-        """The next one to k + 1 tokens of `text`, and how many had been proposed."""
-        model = self.engine.model
-        ids, q = self.draft.propose(text, k, sampling, generator)
-        idx = torch.cat((ids.new_tensor(text[-1:]), ids)).unsqueeze(0)  # [1, 1 + k]
-        input_pos = torch.arange(len(text) - 1, len(text) + len(ids), device=q.device)
-        logits = self.engine.step(idx, input_pos[None], model.kv_steps(len(text) + len(ids)))[0]
-        probs, tokens = candidates(logits, sampling)
-        p = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, tokens, probs)
-        count, *new = judge(p, ids, q, generator).tolist()
-        return new[:count] + new[-1:], len(ids)
-
-    def choose(self) -> int:
-        """How many tokens to ask for."""
-        if self.fixed:
-            return self.k
-        rate = self.hits / self.trials
-        tokens = itertools.accumulate(rate**k for k in range(self.k + 1))  # expected of a step
-        speeds = [n / cost for n, cost in zip(tokens, self.costs, strict=True)]
-        k = speeds.index(max(speeds))
-        self.idle = 0 if k else self.idle + 1
-        return 1 if self.idle % 16 == 15 else k  # now and then, look whether it pays again
-
-    def saw(self, accepted: int, proposed: int) -> None:
-        """Count a step's outcome; older ones fade."""
-        self.histogram[accepted] += 1
-        if proposed:
-            self.hits = 0.9 * self.hits + accepted
-            self.trials = 0.9 * self.trials + min(accepted + 1, proposed)
-
-    def warm_up(self, sampling: Sampling) -> None:
-        """Run every kind of step, and measure what those with 0, 1 and k proposals cost."""
-        text, seconds = [0] * 8, {}
-        if self.model.max_seq_length < len(text) + self.k:
-            return
-        generator = torch.Generator(self.model.freqs_cis.device)
-        for k in (0, 1, self.k):
-            times = []
-            for known in (0, 7, 7, 7):  # the first compiles
-                self.draft.begin(known)
-                began = time.perf_counter()
-                self.step(text, k, sampling, generator)
-                times.append(time.perf_counter() - began)
-            seconds[k] = statistics.median(times[1:])
-        one, more = seconds[1], (seconds[self.k] - seconds[1]) / max(self.k - 1, 1)
-        self.costs = tp.same(lambda: [seconds[0], *(one + more * i for i in range(self.k))])
-
-
-def speculate(
-    speculator: Speculator,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    max_new_tokens: int,
-    eos_ids: Set[int] = frozenset(),
-    seed: int = 0,
-    start: int = 0,
-) -> Iterator[list[int]]:
-    """`generate` for a single prompt, the tokens drawn from the same distribution but faster."""
-    engine, (prompt,) = speculator.engine, prompts
-    generator = torch.Generator(engine.model.freqs_cis.device).manual_seed(seed)
-    text = list(prompt)
-    speculator.draft.begin(start)
-    speculator.histogram = [0] * (speculator.k + 1)
-    new = sample(engine.prefill([text], start), sampling, generator).tolist()
-    while True:
-        for token in new:
-            text.append(token)
-            yield [token]
-            left = len(prompt) + max_new_tokens - len(text)
-            room = engine.model.max_seq_length + 1 - len(text)
-            if token in eos_ids or not min(left, room):
-                return
-        k = min(speculator.choose(), left - 1, room - 1)
-        new, proposed = speculator.step(text, k, sampling, generator)
-        speculator.saw(len(new) - 1, proposed)
+def on_rank0(make):
+    """What `make()` returns on rank 0, on every rank."""
+    return tp.broadcast_from_rank0(make) if tp else make()
 
 
 # ------------------------------------------------------------------------------------------------
 # Prompts in, text and figures out
-
-
-def load(
-    path: Path, device: torch.device, precision: str, shard: tp.Shard | None = None
-) -> tuple[Transformer, Tokenizer]:
-    """The model in the file `path` and the tokenizer of its folder; `UserError` if they differ."""
-    model = Transformer.from_checkpoint(path, device, getattr(torch, precision), shard)
-    tokenizer = Tokenizer.from_folder(path.parent)
-    if tokenizer.text_size > model.args.vocab_size:
-        raise UserError(
-            f"the tokenizer in {path.parent} has {tokenizer.text_size} tokens, more than the "
-            f"model's {model.args.vocab_size}; put the model's own tokenizer there"
-        )
-    return model, tokenizer
-
-
-def default_checkpoint() -> Path:
-    """The checkpoint of the default model, fetched and converted by a script if it is not there."""
-    script = Path(__file__).resolve().parent / "scripts" / "default_model.py"
-    if not DEFAULT_CHECKPOINT.exists():
-        if not script.exists():
-            raise UserError(
-                "no --checkpoint_path was given, and scripts/ is not beside generate.py"
-            )
-        done = subprocess.run([sys.executable, str(script)], stdout=sys.stderr)
-        if done.returncode:
-            sys.exit(done.returncode)  # the script has said why
-    return DEFAULT_CHECKPOINT
 
 
 def tokenize(tokenizer: Tokenizer, messages: list[dict], chat: bool) -> list[int]:
@@ -465,7 +86,7 @@ def check_prompt(prompt: list[int], model: Transformer, what: str = "prompt") ->
         )
 
 
-def is_length(prompt: str) -> bool:
+def is_random_prompt(prompt: str) -> bool:
     """Whether --prompt asks for random tokens."""
     return prompt.isascii() and prompt.isdecimal()
 
@@ -474,25 +95,28 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
     """The prompts that the flags ask for, as token ids."""
     if args.prompts_file:
         try:
-            lines = tp.same(lambda: args.prompts_file.read_text(encoding="utf-8-sig")).split("\n")
+            text = on_rank0(lambda: args.prompts_file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"cannot read --prompts_file {args.prompts_file} ({error}); pass a UTF-8 text file"
             ) from None
-        texts = [line for line in lines if line.strip()]
+        texts = [line for line in text.split("\n") if line.strip()]
         if not texts:
             raise UserError(f"--prompts_file {args.prompts_file} has no line with a prompt")
-    elif is_length(args.prompt):
+    elif is_random_prompt(args.prompt):
         generator = torch.Generator().manual_seed(args.seed)
         length = min(int(args.prompt[:20]), 2**24)  # longer than any context
         ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
         return [read_context(args, tokenizer) + ids]
     else:
-        texts = [tp.same(sys.stdin.read).removesuffix("\n") if args.prompt == "-" else args.prompt]
-    return [tokenize(tokenizer, [*opening(args), user(text)], args.chat) for text in texts]
+        texts = [on_rank0(sys.stdin.read).removesuffix("\n") if args.prompt == "-" else args.prompt]
+    return [
+        tokenize(tokenizer, [*initial_messages(args), user_message(text)], args.chat)
+        for text in texts
+    ]
 
 
-def opening(args: Namespace) -> list[dict]:
+def initial_messages(args: Namespace) -> list[dict]:
     """The messages that every conversation starts with: the context, then the system prompt."""
     content = "\n\n".join(filter(None, (args.prefill_context, args.system_prompt)))
     return [{"role": "system", "content": content}] if content else []
@@ -506,12 +130,15 @@ def read_context(args: Namespace, tokenizer: Tokenizer) -> list[int]:
     if not args.prefill_context:
         return []
     if not args.chat:
-        return tokenize(tokenizer, opening(args), chat=False)
-    chats = [tokenize(tokenizer, [*opening(args), user(text)], chat=True) for text in ("a", "b")]
+        return tokenize(tokenizer, initial_messages(args), chat=False)
+    chats = [
+        tokenize(tokenizer, [*initial_messages(args), user_message(text)], chat=True)
+        for text in ("a", "b")
+    ]
     return os.path.commonprefix(chats)
 
 
-def user(text: str) -> dict:
+def user_message(text: str) -> dict:
     """A message of the user's, as chat templates want it."""
     return {"role": "user", "content": text}
 
@@ -530,51 +157,59 @@ def read_line() -> str:
 class Session:
     """One run of the command line: what runs the model, its tokenizer, and the flags."""
 
-    def __init__(self, engine: Engine | Speculator, tokenizer: Tokenizer, args: Namespace):
-        self.engine, self.tokenizer, self.args = engine, tokenizer, args
-        self.sampling = sampling_flags(args)
-        self.records: list[dict] = []  # the figures of each answer
+    def __init__(self, engine: Engine, speculator: Any, tokenizer: Tokenizer, args: Namespace):
+        self.engine, self.speculator = engine, speculator
+        self.tokenizer, self.args = tokenizer, args
+        self.records: list[dict] = []  # the statistics of each run
+        self.texts = 0  # made so far: each has a seed of its own
 
-    def answer(
-        self, prompts: list[list[int]], engine: Engine | Speculator, show: bool, start: int = 0
+    def generate_and_print(
+        self, prompts: list[list[int]], start: int = 0
     ) -> tuple[list[list[int]], dict]:
-        """Generate for each prompt and, if it is to `show`, print a single text as it is made.
+        """Generate for each prompt; a batch of one is printed as it is made.
 
-        Returns the new tokens of each prompt, and the figures.
+        Returns the new tokens of each prompt, and the statistics.
         """
         args, tokenizer = self.args, self.tokenizer
-        padding = prompts[-1:] * (args.batch_size - len(prompts))  # another size would compile anew
+        padding = [[]] * (args.batch_size - len(prompts))  # another size would compile anew
         rows: list[list[int]] = [[] for _ in prompts]
-        stream, show = StreamDecoder(tokenizer, prompts[0]), show and args.batch_size == 1
-        options = (args.max_new_tokens, tokenizer.eos_ids, args.seed + len(self.records), start)
-        run = speculate if isinstance(engine, Speculator) else generate
+        stream, show = StreamDecoder(tokenizer, prompts[0]), args.batch_size == 1
+        seeds = [args.seed + self.texts + i for i in range(args.batch_size)]
+        self.texts += len(prompts)
+        run, what = generate, self.engine
+        if self.speculator:
+            run, what = speculation.speculate, self.speculator
+        options = dict(until=lambda _row, token: token in tokenizer.eos_ids, seeds=seeds)
         times = [time.perf_counter()]
         try:
-            for tokens in run(engine, prompts + padding, self.sampling, *options):
+            for tokens in run(
+                what,
+                prompts + padding,
+                sampling_flags(args),
+                args.max_new_tokens,
+                start=start,
+                **options,
+            ):
                 times.append(time.perf_counter())
                 for row, token in zip(rows, tokens, strict=False):
-                    row += [] if token is None else [token]
+                    row += [token.id] if token else []
                 if show:
-                    print(stream.push(tokens[0]), end="", flush=True)
+                    print(stream.push(tokens[0].id), end="", flush=True)
         except KeyboardInterrupt:
             if not args.interactive:
                 raise
         if show:
             print(stream.flush())
-        return rows, self.measure(prompts, rows, times, engine)
+        record = self.measure(prompts, rows, times)
+        self.records.append(record)
+        return rows, record
 
-    def measure(
-        self,
-        prompts: list[list[int]],
-        rows: list[list[int]],
-        times: list[float],
-        engine: Engine | Speculator,
-    ) -> dict:
-        """Print and return the figures of an answer.
+    def measure(self, prompts: list[list[int]], rows: list[list[int]], times: list[float]) -> dict:
+        """Print and return the statistics of a run.
 
         `times`, in seconds, are those of the start and of the end of each step.
         """
-        model, steps = engine.model, len(times) - 2  # decoding steps: all but the prefill's
+        model, steps = self.engine.model, len(times) - 2  # decoding steps: all but the prefill's
 
         def ending(prompt: list[int], row: list[int]) -> str:
             if row and row[-1] in self.tokenizer.eos_ids:
@@ -584,36 +219,34 @@ class Session:
             return "full cache" if len(prompt) + len(row) > model.max_seq_length else "Ctrl-C"
 
         record: dict = {"prompt_tokens": [*map(len, prompts)], "new_tokens": [*map(len, rows)]}
-        target = engine.engine if isinstance(engine, Speculator) else engine
-        done = len(prompts) * target.cached_tokens
-        record["prefilled_tokens"] = sum(record["prompt_tokens"]) - done
+        cached = len(prompts) * self.engine.cached_tokens
+        record["prefilled_tokens"] = sum(record["prompt_tokens"]) - cached
         record["ended_by"] = [*map(ending, prompts, rows)]
         line = f"[{sum(record['prompt_tokens'])} prompt tokens, {sum(record['new_tokens'])} new"
         line += f", ended by {', '.join(sorted(set(record['ended_by'])))}"
         if steps >= 0:
             record["first_token_s"] = times[1] - times[0]
             line += f"; first token {record['first_token_s'] * 1e3:.0f} ms"
-        if steps > 0:
+        if steps > 0 and not self.speculator:
             record["tokens_per_s"] = steps / (times[-1] - times[1])
-            line += f"; {record['tokens_per_s']:.1f} tokens/s"
-        if steps > 0 and isinstance(engine, Engine):
             first = max(record["prompt_tokens"]) + 1
             seen = sum(model.kv_steps(first + step) for step in range(steps)) / steps
             record["gb_per_s"] = model.bytes_per_step(seen) * record["tokens_per_s"] / 1e9
-            line += f", {record['gb_per_s']:.1f} GB/s"
-        if isinstance(engine, Speculator) and sum(engine.histogram):
-            record["accepted"] = engine.histogram
-            accepted = sum(n * count for n, count in enumerate(engine.histogram))
-            record["mean_accepted"] = accepted / sum(engine.histogram)
-            line += f"; steps that accepted 0 to {engine.k}: {engine.histogram}"
-            line += f", mean {record['mean_accepted']:.2f}"
+            line += "; {tokens_per_s:.1f} tokens/s, {gb_per_s:.1f} GB/s".format(**record)
+        elif steps > 0:
+            histogram = record["accepted"] = self.speculator.histogram
+            accepted = sum(n * count for n, count in enumerate(histogram))
+            record["tokens_per_s"] = steps / (times[-1] - times[1])
+            record["mean_accepted"] = accepted / max(sum(histogram), 1)
+            line += f"; {record['tokens_per_s']:.1f} tokens/s; steps that accepted 0 to "
+            line += f"{len(histogram) - 1}: {histogram}, mean {record['mean_accepted']:.2f}"
         print(line + "]", file=sys.stderr)
         return record
 
     def complete(self, prompts: list[list[int]]) -> None:
         """Continue every prompt `num_samples` times, `batch_size` prompts at once."""
         args = self.args
-        echo = not args.chat and not is_length(args.prompt)
+        echo = not args.chat and not is_random_prompt(args.prompt)
 
         def decode(ids: list[int]) -> str:
             return self.tokenizer.decode(ids).removeprefix(args.prefill_context or "")
@@ -622,53 +255,37 @@ class Session:
             group = prompts[first : first + args.batch_size]
             if echo and args.batch_size == 1:
                 print(decode(group[0]), end="", flush=True)
-            rows, record = self.answer(group, self.engine, show=True)
+            rows, _ = self.generate_and_print(group)
             if args.batch_size > 1:
                 for i, (prompt, row) in enumerate(zip(group, rows, strict=True), first):
                     text = decode(prompt + row) if echo else self.tokenizer.decode(row)
                     print(f"--- {i}\n{text}")
-            if args.compare:
-                self.compare(group, rows, record)
-            self.records.append(record)
-
-    def compare(self, prompts: list[list[int]], rows: list[list[int]], record: dict) -> None:
-        """Generate again without the draft, and add the figures of that to `record`."""
-        print("without speculation: ", end="", file=sys.stderr)
-        alone, record["alone"] = self.answer(prompts, self.engine.engine, show=False)
-        line = "with speculation"
-        if "tokens_per_s" in record and "tokens_per_s" in record["alone"]:
-            record["speedup"] = record["tokens_per_s"] / record["alone"]["tokens_per_s"]
-            line += f" {record['speedup']:.2f} times as fast"
-        if self.sampling.temperature == 0:  # otherwise other tokens are drawn
-            record["same_text"] = alone == rows
-            line += ", the same text" if alone == rows else ", another text"
-        print(f"[{line}]", file=sys.stderr)
 
     def converse(self) -> None:
         """Talk until /quit or the end of the input; a turn prefills only what the cache lacks."""
-        messages, cached = opening(self.args), []
+        messages, cached = initial_messages(self.args), []
         help = "/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer"
         print(help, file=sys.stderr)
         while True:
-            text = tp.same(read_line)
+            text = on_rank0(read_line)
             if text == "/quit":
                 return
             if text == "/reset":
-                messages, cached = opening(self.args), []
+                messages, cached = initial_messages(self.args), []
             if text in ("", "/reset"):
                 continue
             try:
-                prompt = tokenize(self.tokenizer, [*messages, user(text)], self.args.chat)
+                prompt = tokenize(self.tokenizer, [*messages, user_message(text)], self.args.chat)
                 check_prompt(prompt, self.engine.model)
             except UserError as error:
                 print(f"{error}, or /reset", file=sys.stderr)
                 continue
             known = os.path.commonprefix([cached, prompt[:-1]])  # it takes lists as well as paths
-            (new,), record = self.answer([prompt], self.engine, True, len(known))
+            known = known[: self.engine.rewind(len(known))]
+            (new,), _ = self.generate_and_print([prompt], len(known))
             cached = prompt + new[:-1] if new else known  # the last token was not fed to the model
             reply = {"role": "assistant", "content": self.tokenizer.decode(new)}
-            messages += [user(text), reply]
-            self.records.append(record)
+            messages += [user_message(text), reply]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -687,45 +304,54 @@ def make_parser() -> Parser:
     add("--chat", action=BooleanOptionalAction, help="wrap prompts in the model's chat format")
     add("--system_prompt", default="", help="what a chat begins with")
     add("--num_samples", type=number(int, 1), default=1, help="times to run each prompt")
-    add(
-        "--batch_size",
-        type=number(int, 1, 4096),
-        help="rows a batch (default: 1, or the whole file)",
-    )
+    text = "rows a batch (default: 1, or the whole file)"
+    add("--batch_size", type=number(int, 1, 4096), help=text)
     add("--max_new_tokens", type=number(int, 1), default=200)
-    add(
-        "--temperature",
-        type=number(float, 0, 100),
-        default=0.8,
-        help="0: always the likeliest token",
-    )
+    text = "0: always the likeliest token"
+    add("--temperature", type=number(float, 0, 100), default=0.8, help=text)
     add("--top_k", type=number(int, 0), default=200, help="draw from the K likeliest; 0: from all")
     share = number(float, 0, 1)
-    add("--top_p", type=share, default=1.0, help="draw from the likeliest that add up to P")
-    add("--min_p", type=share, default=0.0, help="drop what is under P times the likeliest")
+    text = "nucleus sampling: the smallest set with total probability of at least P"
+    add("--top_p", type=share, default=1.0, metavar="P", help=text)
+    text = "drop tokens less than P times as likely as the likeliest"
+    add("--min_p", type=share, default=0.0, metavar="P", help=text)
     add("--seed", type=number(int, 0, 2**62), default=1234)
-    add_context_flags(parser)
+    about = "a text that every prompt continues, or @FILE; it is prefilled once"
+    add("--prefill_context", type=context_text, metavar="TEXT", help=about)
+    about = "keep prefilled contexts in this folder"
+    add("--prefill_cache", type=Path, metavar="DIR", help=about)
+    size, about = number(float, 0, 1e6), "room in memory, and again in the folder (default: 8)"
+    add("--prefill_cache_gb", type=size, metavar="GB", help=about)
     draft = parser.add_mutually_exclusive_group()
     text = "speculate with this checkpoint of the same vocabulary"
     draft.add_argument("--draft_checkpoint_path", type=Path, help=text)
-    text = "speculate with what followed the last tokens where they stood before"
+    text = "speculate with what followed the latest earlier match of the last tokens"
     draft.add_argument("--prompt_lookup", action="store_true", help=text)
-    add(
-        "--speculate_k", type=number(int, 1, FEW_ROWS - 1), help="most tokens proposed (default: 5)"
-    )
-    add("--fixed_k", action="store_true", help="always propose K tokens, paying or not")
-    add("--compare", action="store_true", help="run each prompt without speculation, too")
+    text = "maximum draft length (default: 5)"
+    add("--speculate_k", type=number(int, 1, FEW_ROWS - 1), help=text)
     add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
-    add(
-        "--profile", type=output_file, metavar="FILE", help="write a chrome trace of the generation"
-    )
-    add("--json", type=output_file, metavar="FILE", help="write the figures as JSON")
+    text = "write a chrome trace of the generation"
+    add("--profile", type=output_file, metavar="FILE", help=text)
+    add("--json", type=output_file, metavar="FILE", help="write the statistics as JSON")
     return parser
 
 
+def context_text(value: str) -> str:
+    """An argparse type: a text, or @ and the name of the file that holds it."""
+    name = value.removeprefix("@")
+    try:
+        text = value if name == value else Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        problem = f"cannot read {name!r} ({error}); name a UTF-8 text file"
+        raise ArgumentTypeError(problem) from None
+    if not text:
+        raise ArgumentTypeError("the context is empty; give a text or @FILE")
+    return text
+
+
 def check_flags(args: Namespace) -> None:
-    """Fill in the flags whose default depends on others; `UserError` if some contradict."""
+    """Fill in the flags whose default depends on others; UserError if some contradict."""
     args.chat = args.interactive if args.chat is None else args.chat
     args.speculating = bool(args.draft_checkpoint_path or args.prompt_lookup)
     if args.speculating and not args.batch_size:
@@ -736,81 +362,57 @@ def check_flags(args: Namespace) -> None:
         raise UserError("--interactive is one conversation; leave --batch_size out")
     if args.speculating and args.batch_size > 1:
         raise UserError("speculation is for one stream at a time; leave --batch_size out")
-    if (args.speculate_k or args.fixed_k or args.compare) and not args.speculating:
-        raise UserError(
-            "--speculate_k, --fixed_k and --compare are for speculation; "
-            "add --draft_checkpoint_path or --prompt_lookup"
-        )
+    if args.speculate_k and not args.speculating:
+        raise UserError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup; add one")
     if args.profile and args.speculating:
         raise UserError("--profile shows plain decoding; leave speculation out")
     if args.interactive and args.num_samples > 1:
         raise UserError("--interactive is one conversation; leave --num_samples out")
-    if args.compare and args.interactive:
-        raise UserError("--compare repeats prompts; use it without --interactive")
+    if (args.prefill_cache or args.prefill_cache_gb is not None) and not args.prefill_context:
+        raise UserError("--prefill_cache and --prefill_cache_gb go with --prefill_context; add it")
+    needed = {"speculate": args.speculating, "prefill_cache": args.prefill_context}
+    needed |= {"ranges": args.profile, "tp": int(os.environ.get("WORLD_SIZE", 1)) > 1}
+    flags = dict(speculate="speculation", prefill_cache="--prefill_context", ranges="--profile")
+    for name in needed:
+        if needed[name] and optional(name) is None:
+            what = flags.get(name, "torchrun")
+            raise UserError(f"{what} needs {name}.py; put it beside generate.py")
 
 
 def sampling_flags(args: Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
 
 
-def make_room(model: Transformer, rows: int, length: int) -> None:
-    """Allocate the model's KV cache; `UserError` if it does not fit."""
-    try:
-        model.setup_caches(rows, length)
-    except RuntimeError:  # the allocator's
-        raise UserError(
-            f"there is no room for a KV cache of {rows} rows of {length} positions; "
-            "lower --batch_size or --max_seq_length"
-        ) from None
-
-
-def load_draft(
-    model: Transformer, tokenizer: Tokenizer, args: Namespace, shard: tp.Shard | None = None
-) -> Transformer:
-    """The draft model, with a cache for what the model's holds; `UserError` if it fits ill."""
-    device = model.freqs_cis.device
-    draft, other = load(args.draft_checkpoint_path, device, args.precision, shard)
-    if other.pieces != tokenizer.pieces:
-        i = min(i for i, _ in other.pieces.items() ^ tokenizer.pieces.items())
-        meanings = f"{other.pieces.get(i)!r} to the draft, {tokenizer.pieces.get(i)!r} to the model"
-        raise UserError(f"token {i} is {meanings}; take a draft with the model's vocabulary")
-    if draft.args.vocab_size < tokenizer.vocab_size:
-        sizes = f"{draft.args.vocab_size} tokens and the vocabulary {tokenizer.vocab_size}"
-        raise UserError(f"the draft's embedding has {sizes}; take a draft that knows them all")
-    make_room(draft, 1, min(model.max_seq_length, draft.args.block_size))
-    return draft
-
-
-def start_engine(
+def start_engines(
     model: Transformer, draft: Transformer | None, args: Namespace
-) -> Engine | Speculator:
-    """What runs the model as the flags ask, warmed up."""
-    options = (args.compile, args.compile_prefill, FEW_ROWS if args.speculating else 1)
-    engines = [Engine(each, *options) for each in (model, draft) if each]
+) -> tuple[Engine, Any]:
+    """What runs the model, and the Speculator if the flags ask for one, warmed up."""
+    engines = [Engine(each, args.compile, args.compile_prefill) for each in (model, draft) if each]
     if args.compile or args.compile_prefill:
         for engine in engines:
-            engine.warm_up(args.batch_size)
+            engine.warm_up(args.batch_size, verify=args.speculating)
     if not args.speculating:
-        return engines[0]
+        return engines[0], None
+    size = model.args.vocab_size
     if draft:
-        drafting = DraftModel(engines[1], model.args.vocab_size)
+        drafting = speculation.DraftModel(engines[1], size)
     else:
-        drafting = PromptLookup(model.args.vocab_size, model.freqs_cis.device)
-    speculator = Speculator(engines[0], drafting, args.speculate_k or 5, args.fixed_k)
-    speculator.warm_up(sampling_flags(args))
-    return speculator
+        drafting = speculation.PromptLookup(size, model.device)
+    return engines[0], speculation.Speculator(engines[0], drafting, args.speculate_k or 5)
 
 
 def main(args: Namespace) -> None:
     check_flags(args)
-    cache = make_cache(args)
-    device, shard = tp.start(args.device)
+    device, shard = tp.init(args.device) if tp else (find_device(args.device), None)
     if shard and shard.rank:  # rank 0 writes the files
         args.profile = args.json = None
-    path = args.checkpoint_path or tp.in_turn(default_checkpoint)
+    path = args.checkpoint_path or (tp.in_turn(default_checkpoint) if tp else default_checkpoint())
+    cache = make_cache(args)
+    if kernels and device.type == "cpu":
+        kernels.load()  # built once, before the clock starts
     began = time.perf_counter()
     model, tokenizer = load(path, device, args.precision, shard)
-    model.prepare()
+    model.pack_weights()
     synchronize(device)
     load_s = time.perf_counter() - began
 
@@ -823,35 +425,42 @@ def main(args: Namespace) -> None:
     length = args.max_seq_length or min(max(longest, len(context) + 2048), model.args.block_size)
     if length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
-    make_room(model, args.batch_size, length)
+    allocate_cache(model, args.batch_size, length)
     if context:
         check_prompt(context, model, "context")
     for prompt in prompts:
         check_prompt(prompt, model)
-    draft = load_draft(model, tokenizer, args, shard) if args.draft_checkpoint_path else None
+    draft = None
+    if args.draft_checkpoint_path:
+        options = (model, tokenizer, args.precision, shard)
+        draft = speculation.load_draft(args.draft_checkpoint_path, *options)
     began = time.perf_counter()
-    session = Session(start_engine(model, draft, args), tokenizer, args)
+    engine, speculator = start_engines(model, draft, args)
     warm_up_s = time.perf_counter() - began
-    context_figures = remember(cache, context, session.engine.engines)
+    session = Session(engine, speculator, tokenizer, args)
+    context_figures = prefill_context(
+        cache, context, speculator.engines if speculator else [engine]
+    )
 
-    work(session, prompts)
-    plain = shard and not args.speculating
-    communication = shard.cost(model, args.batch_size) if plain else {}
-    tp.finish(shard)
+    run_session(session, prompts)
+    communication = shard.cost(model, args.batch_size) if shard and not speculator else {}
+    if tp:
+        tp.shutdown(shard)
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
     settings |= {"precision": args.precision, "compile": args.compile}
     settings |= {"draft": str(args.draft_checkpoint_path or args.prompt_lookup or "")}
-    settings |= {name: getattr(args, name) for name in ("speculate_k", "fixed_k", "seed")}
-    settings |= dataclasses.asdict(session.sampling) | context_figures | communication
+    settings |= {name: getattr(args, name) for name in ("speculate_k", "seed")}
+    settings |= dataclasses.asdict(sampling_flags(args)) | context_figures | communication
     report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
 
 
-def work(session: Session, prompts: list[list[int]]) -> None:
+def run_session(session: Session, prompts: list[list[int]]) -> None:
     """Talk, or complete the prompts; with --profile write a trace of that."""
     args = session.args
-    profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
-    ranges = traced(session.engine, globals()) if args.profile else contextlib.nullcontext()
-    with ranges, profiler:
+    with contextlib.ExitStack() as stack:
+        if args.profile:
+            stack.enter_context(optional("ranges").traced(session.engine))
+            profiler = stack.enter_context(torch.profiler.profile())
         if args.interactive:
             session.converse()
         else:
@@ -861,17 +470,26 @@ def work(session: Session, prompts: list[list[int]]) -> None:
             profiler.export_chrome_trace(str(temporary))
 
 
-def remember(cache: PrefillCache | None, context: list[int], engines: list[Engine]) -> dict:
-    """Give the engines a cache that holds the context, if there is one; the figures of that."""
+def make_cache(args: Namespace) -> Any:
+    """The prefill cache that the flags ask for, if they do."""
+    if not args.prefill_context:
+        return None
+    gigabytes = 8 if args.prefill_cache_gb is None else args.prefill_cache_gb
+    return prefill_cache.PrefillCache(int(gigabytes * 1e9), args.prefill_cache)
+
+
+def prefill_context(cache: Any, context: list[int], engines: list[Engine]) -> dict:
+    """Give the engines a cache that holds the context, if there is one; the statistics of that."""
     if cache is None:
         return {}
     began, done = time.perf_counter(), 0
     for engine in engines:
-        engine.cache = cache
         cache.fingerprint(engine.model)  # so that no file of another engine's is taken for stale
     for engine in engines:
         room = context[: engine.model.max_seq_length]
-        done += cache.remember(room, engine.model, Engine(engine.model, None).prefill)
+        done += cache.prefill_context(room, engine.model, engine.prefill)
+    for engine in engines:
+        engine.cache = cache
     if len(cache.entries) < len(engines) > 1:
         sizes = "the contexts of model and draft do not fit --prefill_cache_gb together"
         print(f"warning: {sizes}; raise it, or one is prefilled every time", file=sys.stderr)

@@ -42,7 +42,7 @@ class Linear(nn.Module):
             self.tiles = kernels.pack(self.weight, 2)
 
     def kernel_supports(self, dtype: torch.dtype, columns: int) -> bool:
-        """Whether kernels.py multiplies x of this dtype by a weight of so many columns' multiple."""
+        """Whether kernels.py multiplies x of this dtype here, `columns` columns at a time."""
         bf16_on_cpu = self.weight.device.type == "cpu" and dtype == torch.bfloat16
         fits = kernels is not None and bf16_on_cpu and self.in_features % columns == 0
         return fits and self.tiles is None and kernels.load()

@@ -371,12 +371,17 @@ class Transformer(nn.Module):
 # Reading checkpoints
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Memory-map the state dict of a checkpoint; `UserError` if the file is not one."""
+def check_path(path: Path) -> None:
+    """Raise a UserError unless `path` is a file."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; pass a file in it, such as {path / 'model.pth'}")
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; make one with scripts/prepare.sh <repo>")
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Memory-map the state dict of a checkpoint; UserError if the file is not one."""
+    check_path(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):

@@ -1,0 +1,332 @@
+"""Prefill and decode: who runs a forward pass, how a token is drawn, and the loop around both.
+
+A prompt is *prefilled*: its tokens go through the model at once and leave their keys and values in
+the cache. Then tokens are *decoded* one a step, each step reading every weight once, so the speed
+limit is the memory bus. The engine yields tokens and knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cli import UserError
+from families import read_config
+from linear import FEW_ROWS, kernels
+from model import Output, Transformer, TransformerBlock, check_path
+from tokenizer import Tokenizer
+
+DEFAULT_CHECKPOINT = (
+    Path(__file__).resolve().parent / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth"
+)
+PREFILL_CHUNK = 512  # bounds the activations, and the attention mask where there is one
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: temperature 0 is argmax; top_k 0, top_p 1, min_p 0 filter nothing."""
+
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Token(NamedTuple):
+    """A new token; with log probabilities asked for, its own and the likeliest ones by id.
+
+    They are the log-softmax of the raw logits: before `shape_logits`, temperature and filters.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The tokens that may be drawn and their probabilities, two `[B, K]`, for logits `[B, V]`.
+
+    top-k keeps the K likeliest tokens, top-p (nucleus; Holtzman et al. 2020, arXiv 1904.09751) the
+    smallest set with a total probability of at least p, min-p (Nguyen et al. 2024, arXiv
+    2407.01082) those at least min_p times as likely as the likeliest. The likeliest token always
+    stays; at temperature 0 it is alone.
+    """
+    if sampling.temperature < 1e-5:
+        tokens = logits.max(-1, keepdim=True).indices  # the first, as of argmax, but faster
+        return torch.ones_like(tokens, dtype=torch.float32), tokens
+    logits = logits.float() / sampling.temperature
+    if not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0:
+        tokens = torch.arange(logits.shape[-1], device=logits.device)
+        return logits.softmax(-1), tokens.expand_as(logits)
+    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    logits, tokens = logits.topk(k)  # likeliest first
+    probs = logits.softmax(-1)
+    dropped = (probs.cumsum(-1) - probs >= sampling.top_p) | (probs < sampling.min_p * probs[:, :1])
+    dropped[:, 0] = False
+    probs = probs.masked_fill(dropped, 0)
+    return probs / probs.sum(-1, keepdim=True), tokens
+
+
+def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index a row, as likely as its share of weights `[B, K]`: `[B, 1]`.
+
+    The largest of w / Exponential(1) falls on i with probability w_i / sum w (the Gumbel-max
+    trick), and nothing waits for the device.
+    """
+    noise = torch.empty_like(weights).exponential_(generator=generator).clamp_(min=1e-20)
+    return (weights / noise).argmax(-1, keepdim=True)
+
+
+def sample(logits: Tensor, samplings: list[Sampling], generators: list[torch.Generator]) -> Tensor:
+    """Draw one token a row, each by its own settings and generator: logits `[B, V]` -> `[B]`."""
+    result = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    for sampling in dict.fromkeys(samplings):
+        rows = [row for row, other in enumerate(samplings) if other == sampling]
+        probs, tokens = candidates(logits if len(rows) == len(logits) else logits[rows], sampling)
+        if probs.shape[1] > 1:
+            pairs = zip(probs.split(1), rows, strict=True)
+            places = torch.cat([draw(weights, generators[row]) for weights, row in pairs])
+            tokens = tokens.gather(1, places)
+        result[rows] = tokens[:, 0]
+    return result
+
+
+def read_tokens(ids: Tensor, logits: Tensor, logprobs: int | None) -> list[Token]:
+    """Tokens ids `[N]`, each drawn by its raw logits, `[N, V]`, with `logprobs` of the likeliest.
+
+    Raises UserError on logits that are NaN or infinite.
+    """
+    finite = logits.amax(-1).isfinite()  # travels with the tokens: the device is waited for once
+    found, finite = torch.stack((ids, finite.long())).tolist()
+    if not all(finite):
+        raise UserError(
+            "the model gives logits that are not finite; is the checkpoint damaged, "
+            "or --precision too narrow for it?"
+        )
+    if logprobs is None:
+        return [Token(i) for i in found]
+    log_probs = logits.float().log_softmax(-1)
+    own = log_probs.gather(1, ids.clamp(min=0).unsqueeze(1))[:, 0].tolist()
+    tops = zip(*(x.tolist() for x in log_probs.topk(logprobs)), strict=True)  # values, ids
+    tops = [tuple(zip(of, values, strict=True)) for values, of in tops]
+    return [Token(*token) for token in zip(found, own, tops, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Prefill and decode
+
+Step = Callable[[Tensor, Tensor, int, "Tensor | None"], Output]  # as model.Transformer.forward
+
+
+class Engine:
+    """A model with its KV cache, and what runs a step of it.
+
+    That is one kernel for the whole model where there is one (`fused`), else the modules. `compile`
+    "block" compiles one transformer block that serves every layer: a short cold start. "whole"
+    compiles the whole decoding step, on CUDA into a CUDA graph. The caches have to stand, and the
+    weights must not change any more; after another `setup_caches` make another Engine.
+    """
+
+    def __init__(
+        self, model: Transformer, compile: str | None = None, compile_prefill: bool = False
+    ):
+        self.model, self.compile_prefill = model, compile_prefill
+        self.cache: Any = None  # a prefill_cache.PrefillCache of contexts that prompts begin with
+        self.cached_tokens = 0  # of each prompt, those that the last prefill found in the caches
+        model.pack_weights()
+        self.fused: Step | None = kernels.fuse(model) if kernels else None
+        self.decode_step: Step = self.fused or model
+        self.prefill_step: Step = self.fused or model
+        if self.fused:  # nothing is left to compile
+            return
+        # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
+        # sizes that happen to be equal when it is made are not taken for one and the same.
+        torch.fx.experimental._config.use_duck_shape = False
+        torch._dynamo.config.recompile_limit = 64  # a graph for each mix of schemes in a block
+        torch._dynamo.config.specialize_float = True  # `eps` is a constant, not a dynamic number
+        options = {"size_asserts": False}  # what they check costs as much as small kernels
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True, options=options)
+        if compile == "block":
+            self.decode_step = functools.partial(model, block=compiled(TransformerBlock.forward))
+        elif compile == "whole":
+            options["triton.cudagraphs"] = model.device.type == "cuda"
+            self.decode_step = compiled(model)
+        if compile_prefill:
+            self.prefill_step = functools.partial(model, block=compiled(TransformerBlock.forward))
+
+    def decode(self, idx: Tensor, input_pos: Tensor, kv_len: int) -> Output:
+        """Run the next token, or up to FEW_ROWS to verify, of each row: idx `[B, T]`.
+
+        Batches and drafts leave no trace in the bits where kernels run.
+        """
+        return self.decode_step(idx, input_pos, kv_len, None)
+
+    def prefill(self, prompts: list[list[int]], start: int = 0) -> Tensor:
+        """Run each prompt's tokens from `start` on; logits `[B, V]` after the last of each.
+
+        The cache must hold the first `start` tokens of every prompt. Rows are padded on the right;
+        padding stands at the cache's last slot, and so does all of an empty prompt. Of new prompts,
+        what the prefill cache has of the beginning that all share is loaded from there.
+        """
+        if self.cache and start == 0:
+            start = self.cache.restore_prefix(prompts, self.model)
+        self.cached_tokens = start
+        padding, device = self.model.max_seq_length, self.model.device
+        logits = torch.zeros((), device=device)
+        for begin in range(start, max(map(len, prompts)), PREFILL_CHUNK):
+            chunk = [prompt[begin : begin + PREFILL_CHUNK] for prompt in prompts]
+            T = max(map(len, chunk))
+            idx = [row + [0] * (T - len(row)) for row in chunk]
+            pos = [[*range(begin, begin + len(row))] + [padding] * (T - len(row)) for row in chunk]
+            last = [[max(len(row) - 1, 0)] for row in chunk]
+            idx, pos, last = (torch.tensor(x, device=device) for x in (idx, pos, last))
+            here = torch.tensor([[len(row) > 0] for row in chunk], device=device)
+            output = self.prefill_step(idx, pos, self.model.kv_steps(begin + T), last)
+            logits = torch.where(here, output.logits[:, 0], logits)
+        return logits
+
+    def rewind(self, length: int) -> int:
+        """How many of the first `length` tokens run so far the caches can go on from."""
+        return length  # keys and values stand at their positions: all of them
+
+    def warm_up(self, rows: int, verify: bool = False) -> float:
+        """Compile everything for batches of `rows` now; the seconds it took."""
+        model, began = self.model, time.perf_counter()
+        passes = [(T, False) for T in ((1, 2) if verify else (1,))]
+        passes += [(T, True) for T in (1, 2, FEW_ROWS + 1) if self.compile_prefill]
+        for T, prefill in passes:
+            idx = torch.zeros(rows, T, dtype=torch.int64, device=model.device)
+            input_pos = torch.full_like(idx, model.max_seq_length)  # the padding slot
+            step, last = (self.prefill_step, idx[:, :1]) if prefill else (self.decode_step, None)
+            for _ in range(3):  # a CUDA graph is compiled, recorded and replayed
+                step(idx, input_pos, model.kv_steps(1), last)
+        synchronize(model.device)
+        return time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def generate(
+    engine: Engine,
+    prompts: list[list[int]],
+    sampling: Sampling | list[Sampling],
+    max_new_tokens: int,
+    *,
+    until: Callable[[int, int], bool],
+    seeds: list[int],
+    start: int = 0,
+    logprobs: int | None = None,
+    shape_logits: Callable[[int, list[int], Tensor], Tensor] | None = None,
+) -> Iterator[list[Token | None]]:
+    """Yield the next token of every prompt, and None for those that have ended, until all have.
+
+    A row ends with the token of which `until(row, id)` is true, with `max_new_tokens` or with a
+    full cache; the row of an empty prompt has ended before it begins. `sampling` and `seeds` are a
+    row's own, so its text never depends on its neighbours. `shape_logits(row, ids, logits [V])` may
+    change the logits that a token is drawn by, after the tokens `ids`; with `logprobs` N a token
+    carries its log probability and those of the N likeliest. The cache must hold the first `start`
+    tokens of each prompt; afterwards it holds all tokens but the last.
+    """
+    model, rows = engine.model, range(len(prompts))
+    samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+    generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
+    texts, alive = [[*prompt] for prompt in prompts], [len(prompt) > 0 for prompt in prompts]
+    input_pos = torch.tensor([[len(text)] for text in texts], device=model.device)  # [B, 1]
+    logits = engine.prefill(prompts, start)
+    for left in reversed(range(max_new_tokens)):
+        shaped = logits
+        if shape_logits:
+            shaped = [shape_logits(row, texts[row], logits[row]) for row in rows if alive[row]]
+            shaped = logits.index_put(
+                (torch.tensor(alive, device=model.device),), torch.stack(shaped)
+            )
+        ids = sample(shaped, samplings, generators)  # [B]
+        tokens = read_tokens(ids, logits, logprobs)
+        yield [tokens[row] if alive[row] else None for row in rows]
+        for row in rows:
+            texts[row].append(tokens[row].id)
+            if alive[row]:
+                room = len(texts[row]) <= model.max_seq_length
+                alive[row] = room and not until(row, tokens[row].id)
+        if not any(alive) or not left:
+            return
+        filled = max(len(texts[row]) for row in rows if alive[row])
+        logits = engine.decode(ids.unsqueeze(1), input_pos, model.kv_steps(filled)).logits[:, 0]
+        input_pos = (input_pos + 1).clamp(max=model.max_seq_length)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints and devices
+
+
+def load_model(
+    path: Path, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, shard: Any = None
+) -> Transformer:
+    """The model in the file `path`, whose folder says what it is; `shard` is a `tp.Shard`."""
+    check_path(path)
+    return Transformer.from_checkpoint(path, read_config(path.parent), device, dtype, shard)
+
+
+def load(
+    path: Path, device: torch.device | str, precision: str, shard: Any = None
+) -> tuple[Transformer, Tokenizer]:
+    """The model in the file `path` and the tokenizer of its folder; UserError if they differ."""
+    model = load_model(path, device, getattr(torch, precision), shard)
+    tokenizer = Tokenizer.from_folder(path.parent)
+    if tokenizer.text_size > model.args.vocab_size:
+        raise UserError(
+            f"the tokenizer in {path.parent} has {tokenizer.text_size} tokens, more than the "
+            f"model's {model.args.vocab_size}; put the model's own tokenizer there"
+        )
+    return model, tokenizer
+
+
+def default_checkpoint() -> Path:
+    """The checkpoint of the default model, fetched and converted by a script if it is not there."""
+    script = Path(__file__).resolve().parent / "scripts" / "default_model.py"
+    if not DEFAULT_CHECKPOINT.exists():
+        if not script.exists():
+            raise UserError(f"no --checkpoint_path was given, and there is no {script} to make one")
+        done = subprocess.run([sys.executable, str(script)], stdout=sys.stderr)
+        if done.returncode:
+            sys.exit(done.returncode)  # the script has said why
+    return DEFAULT_CHECKPOINT
+
+
+def allocate_cache(model: Transformer, rows: int, length: int) -> None:
+    """Allocate the model's KV cache; UserError if it does not fit."""
+    try:
+        model.setup_caches(rows, length)
+    except RuntimeError:  # the allocator's
+        raise UserError(
+            f"there is no room for a KV cache of {rows} rows of {length} positions; "
+            "lower --batch_size or --max_seq_length"
+        ) from None
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device called `name`, else by the variable DEVICE, else CUDA if there is a GPU."""
+    name = name or os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()  # meta has no values, an absent GPU no memory
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError):
+        raise UserError(f"device {name!r} cannot be used here; try --device cpu") from None
