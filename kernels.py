@@ -15,12 +15,18 @@ Up to FEW_ROWS, what a row gives never depends on how many there are: all sums h
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import functools
 import hashlib
 import os
+import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +35,7 @@ from torch import Tensor, nn
 
 FEW_ROWS = 32  # up to here weights are decoded as they are multiplied; above, made floats once
 SOURCE = Path(__file__).with_name("kernels.cpp")
+PREFIX = "tokenbus_"  # of libraries in the cache
 
 FLAGS = f"-std=c++20 -O3 -fopenmp -DFEW_ROWS={FEW_ROWS} "
 FLAGS += "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni"
@@ -46,25 +53,11 @@ def supported() -> bool:
 
 @functools.cache
 def load() -> bool:
-    """Make `torch.ops.tokenbus` ready, the first time by building it; whether that worked."""
-    if not supported():
-        return False
-    what = "\n".join((SOURCE.read_text(), FLAGS, torch.__version__))
-    default = Path.home() / ".cache" / "torch_extensions"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
-    library = folder / f"tokenbus_{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
-    try:
-        if library.exists():
-            torch.ops.load_library(library)
-        else:
-            build(library)
-    except (RuntimeError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        advice = "g++ 10 or newer and the package ninja are needed"
-        print(
-            f"slower than it could be: no kernels for this CPU; {advice} ({reason})",
-            file=sys.stderr,
-        )
+    """Make `torch.ops.tokenbus` ready, the first time by building it; whether that worked.
+
+    Once built it takes milliseconds, so call it early where a build should not be on the clock.
+    """
+    if not supported() or not load_extension(SOURCE, FLAGS):
         return False
     shapes = {
         "linear": lambda x, weight, out: x.new_empty(len(x), out),
@@ -78,18 +71,136 @@ def load() -> bool:
     return True
 
 
-def build(library: Path) -> None:
-    """Compile the kernels and load them; other processes see a whole file or none."""
-    from torch.utils import cpp_extension  # takes a while to import
+# ---- Building ------------------------------------------------------------------------------------
 
+
+def load_extension(source: Path, flags: str) -> bool:
+    """Load the library of a C++ file, built first unless the cache holds it; whether that worked.
+
+    If not, one line on standard error says what failed, where, and what to do.
+    """
+    try:
+        load_or_build(source, flags)
+    except (OSError, RuntimeError) as error:
+        print(f"slower than it could be: no kernels for this CPU; {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def load_or_build(source: Path, flags: str) -> None:
+    """Load the library from the cache, or build it there: one process does, others wait."""
+    version = (torch.__version__, torch.version.git_version, torch.compiled_with_cxx11_abi())
+    key = hashlib.sha256(repr((source.read_bytes(), flags, version)).encode()).digest()
+    library = cache_folder() / f"{PREFIX}{key.hex()[:16]}.so"
+    with contextlib.suppress(OSError):
+        return load_sealed(library, key)
     print("building kernels for this CPU, once ...", file=sys.stderr)
-    places = (os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent))
-    os.environ["PATH"] = os.pathsep.join(places)  # pip puts ninja beside Python
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        options = {"extra_cflags": FLAGS.split(), "build_directory": folder}
-        cpp_extension.load(library.stem, str(SOURCE), is_python_module=False, **options)
-        os.replace(Path(folder) / library.name, library)
+    try:
+        with build_folder(library.parent) as folder:
+            with contextlib.suppress(OSError):  # built by another process meanwhile
+                return load_sealed(library, key)
+            built = compile_library(source, flags, folder)
+            seal(built, key)
+            os.replace(built, library)
+    except OSError as error:
+        advice = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
+        raise RuntimeError(f"cannot write {library} ({error.strerror}); {advice}") from None
+    try:
+        load_sealed(library, key)
+    except OSError as error:
+        reason = error.__cause__ or error
+        advice = "set CXX to another compiler or TORCH_EXTENSIONS_DIR to another folder"
+        raise RuntimeError(f"cannot load {library}, just built ({reason}); {advice}") from None
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept."""
+    try:
+        folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+        return Path(folder) if folder else Path.home() / ".cache" / "torch_extensions"
+    except RuntimeError:
+        raise RuntimeError(
+            "no home folder; set TORCH_EXTENSIONS_DIR to a folder for the library"
+        ) from None
+
+
+@contextlib.contextmanager
+def build_folder(cache: Path) -> Iterator[Path]:
+    """Yield a temporary folder in the cache while no other process builds there."""
+    cache.mkdir(parents=True, exist_ok=True)
+    handle = os.open(cache, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks: all build
+            fcntl.flock(handle, fcntl.LOCK_EX)  # released when a process dies, however it does
+            for abandoned in cache.glob(f".{PREFIX}*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        options = {"prefix": f".{PREFIX}", "dir": cache, "ignore_cleanup_errors": True}
+        with tempfile.TemporaryDirectory(**options) as folder:
+            yield Path(folder)
+        with contextlib.suppress(OSError):  # not every file system can
+            os.fsync(handle)  # makes the rename durable
+    finally:
+        os.close(handle)
+
+
+def compile_library(source: Path, flags: str, folder: Path) -> Path:
+    """Compile and link in a temporary folder; RuntimeError quotes a compiler that fails.
+
+    OpenMP is left out of linking: its symbols come from the runtime that torch has loaded.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "g++"
+    torch_folder = Path(torch.__file__).parent
+    object_file, built = folder / "kernels.o", folder / "kernels.so"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    includes = (abi, "-isystem", torch_folder / "include")
+    libraries = (f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu")
+    for arguments in (
+        (*flags.split(), "-w", "-fPIC", *includes, "-c", source, "-o", object_file),
+        ("-shared", object_file, *libraries, "-o", built),
+    ):
+        if reason := compiler_error(compiler, arguments, folder):
+            if os.strerror(errno.ENOSPC) in reason:  # no other compiler helps
+                raise OSError(errno.ENOSPC, reason)
+            advice = "install g++ 10 or newer, or set CXX to one"
+            raise RuntimeError(f"{compiler} cannot build {source} ({reason}); {advice}")
+    return built
+
+
+def compiler_error(compiler: str, arguments: tuple, folder: Path) -> str:
+    """Run the compiler; the first line that says what went wrong, or "" if nothing did."""
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "errors": "replace"}
+    options["env"] = os.environ | {"LC_ALL": "C", "TMPDIR": str(folder)}
+    try:
+        done = subprocess.run([*shlex.split(compiler), *arguments], **options)
+    except (OSError, ValueError) as error:  # there is none, or quotes in CXX do not match
+        return getattr(error, "strerror", None) or str(error)
+    if done.returncode == 0 and arguments[-1].exists():
+        return ""
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    errors = [line for line in lines if "error:" in line and not line.startswith("collect2:")]
+    return (errors or lines or [f"exit status {done.returncode}, no message"])[0]
+
+
+def seal(library: Path, key: bytes) -> None:
+    """Append a checksum, which the loader ignores, and wait until the file is on disk."""
+    with library.open("r+b") as file:
+        file.write(hashlib.sha256(file.read() + key).digest())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_sealed(library: Path, key: bytes) -> None:
+    """Load a library; OSError if it is not whole, not of this key, or the loader refuses it.
+
+    Loading a file that was cut short kills the process (SIGBUS), hence the checksum.
+    """
+    content = library.read_bytes() if library.is_file() else b""
+    if content[-32:] != hashlib.sha256(content[:-32] + key).digest():
+        raise OSError(f"{library} is damaged")
+    torch.ops.load_library(library)
+
+
+# ---- Preparing -----------------------------------------------------------------------------------
 
 
 def fuse(model: nn.Module) -> Callable | None:

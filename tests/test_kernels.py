@@ -358,38 +358,6 @@ def test_a_second_process_finds_compiled_blocks_in_the_cache(tmp_path):
     assert second[:3] == [hits + misses, 0, 0] and second[3] == hits + misses
 
 
-# ---- How they are built --------------------------------------------------------------------------
-
-LOAD = "import kernels, torch; print(kernels.load(), hasattr(torch.ops.tokenbus, 'linear'))"
-
-
-def start_in(folder, **variables) -> subprocess.Popen:
-    """A process that loads the kernels from a folder, as in a shell without the environment."""
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "TORCH_EXTENSIONS_DIR": str(folder)}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-c", LOAD], cwd=ROOT, env=env | variables, **pipes)
-
-
-@needs_kernels
-def test_they_are_built_once_also_by_two_processes_at_a_time(tmp_path):
-    both = [start_in(tmp_path) for _ in range(2)]
-    for process in both:
-        out, err = process.communicate(timeout=300)
-        assert out == "True True\n", err
-    assert len(list(tmp_path.iterdir())) == 1  # nothing else is left
-    third = start_in(tmp_path, CXX="/nowhere/compiler")  # needs none any more
-    assert third.communicate(timeout=300) == ("True True\n", "")
-
-
-@needs_kernels
-def test_without_a_compiler_a_line_says_so(tmp_path):
-    process = start_in(tmp_path, CXX="/nowhere/compiler")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and out == "False False\n"
-    assert "no kernels for this CPU; g++ 10 or newer and the package ninja are needed" in err
-    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
-
-
 def test_other_cpus_are_left_alone(monkeypatch):
     cpus = ["processor : 0\nflags : fpu avx2 fma\n", "Features : asimd\n", ""]
     for text in cpus:
