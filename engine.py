@@ -29,6 +29,8 @@ from tokenizer import Tokenizer
 DEFAULT_CHECKPOINT = (
     Path(__file__).resolve().parent / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth"
 )
+NOT_FINITE = "the model gives logits that are NaN or infinite; is the checkpoint damaged, or "
+NOT_FINITE += "--precision too narrow for it? Convert it again or try --precision float32"
 PREFILL_CHUNK = 512  # bounds the activations, and the attention mask where there is one
 
 # ------------------------------------------------------------------------------------------------
@@ -112,10 +114,7 @@ def read_tokens(ids: Tensor, logits: Tensor, logprobs: int | None) -> list[Token
     finite = logits.amax(-1).isfinite()  # travels with the tokens: the device is waited for once
     found, finite = torch.stack((ids, finite.long())).tolist()
     if not all(finite):
-        raise UserError(
-            "the model gives logits that are not finite; is the checkpoint damaged, "
-            "or --precision too narrow for it?"
-        )
+        raise UserError(NOT_FINITE)
     if logprobs is None:
         return [Token(i) for i in found]
     log_probs = logits.float().log_softmax(-1)
@@ -147,7 +146,8 @@ class Engine:
         self.cache: Any = None  # a prefill_cache.PrefillCache of contexts that prompts begin with
         self.cached_tokens = 0  # of each prompt, those that the last prefill found in the caches
         model.pack_weights()
-        self.fused: Step | None = kernels.fuse(model) if kernels else None
+        fused = kernels.fuse(model) if kernels else None
+        self.fused: Step | None = fused and (lambda *inputs: Output(*fused(*inputs)))
         self.decode_step: Step = self.fused or model
         self.prefill_step: Step = self.fused or model
         if self.fused:  # nothing is left to compile

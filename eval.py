@@ -25,7 +25,15 @@ from tqdm import tqdm
 
 import tp
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
-from generate import PREFILL_CHUNK, Engine, Sampling, default_checkpoint, generate, load
+from engine import (
+    NOT_FINITE,
+    PREFILL_CHUNK,
+    Engine,
+    Sampling,
+    default_checkpoint,
+    generate,
+    load,
+)
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -127,7 +135,8 @@ class Evaluator(TemplateLM):
         if rows != self.rows or length > self.model.max_seq_length:
             self.rows, self.engine = rows, None  # it holds the old cache
             self.model.setup_caches(rows, length)
-            torch.compiler.reset()
+            if self.compile:
+                torch.compiler.reset()
             options = ("block" if self.compile else None, self.compile)
             self.engine = Engine(self.model, *options)
             if self.compile:
@@ -169,7 +178,7 @@ class Evaluator(TemplateLM):
         Its tokens stand after `starts` others in the cache, which are the context's or none;
         `contexts` are the lengths of the contexts, of those in the row and in the cache together.
         """
-        spare, device = self.model.max_seq_length, self.model.freqs_cis.device
+        spare, device = self.model.max_seq_length, self.model.device
         totals, greedy = [0.0] * len(rows), [True] * len(rows)
         step = max(1, PREFILL_CHUNK // len(rows))  # bounds the logits
         for begin in range(0, max(map(len, rows)) - 1, step):
@@ -191,8 +200,8 @@ class Evaluator(TemplateLM):
             ]
             last = torch.tensor(last, device=device)  # [B, W]
             here = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
-            logits = self.engine.step(idx, pos, self.model.kv_steps(filled), last)
-            logits = logits[here].float()  # [B, W, V] -> [N, V]
+            output = self.engine.prefill_step(idx, pos, self.model.kv_steps(filled), last)
+            logits = output.logits[here].float()  # [B, W, V] -> [N, V]
             next_tokens = [
                 row[i + 1 - start]
                 for start, row, places in zip(starts, rows, scored, strict=True)
@@ -200,6 +209,8 @@ class Evaluator(TemplateLM):
             ]
             targets = torch.tensor(next_tokens, device=device)  # [N]
             log_probs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+            if not log_probs.isfinite().all():
+                raise UserError(NOT_FINITE)
             hits = (logits.argmax(1) == targets).cpu().split(counts)
             for row, part in enumerate(log_probs.cpu().double().split(counts)):
                 totals[row] += part.sum().item()
@@ -250,31 +261,30 @@ class Evaluator(TemplateLM):
             group.sort(key=lambda i: -len(prompts[i]))
             rows = self.reserve(len(group), len(prompts[group[0]]) + settings["max_gen_toks"])
             for batch in batches(group, rows, "generating"):
-                answers = self.complete([prompts[i] for i in batch], settings, seed=batch[0])
+                answers = self.complete([prompts[i] for i in batch], settings, seeds=batch)
                 texts.update(zip(batch, answers, strict=True))
         return [texts[i] for i in range(len(requests))]
 
-    def complete(self, prompts: list[list[int]], settings: dict, seed: int) -> list[str]:
+    def complete(self, prompts: list[list[int]], settings: dict, seeds: list[int]) -> list[str]:
         """The text after each prompt until a stop string, an EOS token or `max_gen_toks` tokens."""
-        until = [stop for stop in settings["until"] if stop]
-        ends = self.tokenizer.eos_ids | {self.tokenizer.controls.get(stop) for stop in until}
+        stops = [stop for stop in settings["until"] if stop]
+        ends = self.tokenizer.eos_ids | {self.tokenizer.controls.get(stop) for stop in stops}
         filters = {name: settings[name] for name in ("top_p", "min_p") if name in settings}
         sampling = Sampling(settings.get("temperature", 0.0), settings.get("top_k", 0), **filters)
-        limits = (settings["max_gen_toks"], ends, seed)
-        streams = [StreamDecoder(self.tokenizer) for _ in prompts]
-        texts, done = [""] * len(prompts), [False] * len(prompts)
-        prompts = prompts + [[]] * (self.rows - len(prompts))
-        for tokens in generate(self.engine, prompts, sampling, *limits):
-            for i, stream in enumerate(streams):
-                done[i] |= tokens[i] is None or tokens[i] in ends
-                if not done[i]:
-                    texts[i] += stream.push(tokens[i])
-                    done[i] = any(stop in texts[i] for stop in until)
-            if all(done):
-                break
+        streams, texts = [StreamDecoder(self.tokenizer) for _ in prompts], [""] * len(prompts)
+
+        def until(row: int, token: int) -> bool:
+            texts[row] += "" if token in ends else streams[row].push(token)
+            return token in ends or any(stop in texts[row] for stop in stops)
+
+        padding = self.rows - len(prompts)
+        options = dict(until=until, seeds=[*seeds, *[0] * padding])
+        prompts = prompts + [[]] * padding
+        for _ in generate(self.engine, prompts, sampling, settings["max_gen_toks"], **options):
+            pass
         for i, stream in enumerate(streams):
             texts[i] += stream.flush()
-            for stop in until:
+            for stop in stops:
                 texts[i] = texts[i].split(stop)[0]
         return texts
 
@@ -363,7 +373,7 @@ def main(args: Namespace) -> None:
         raise UserError(f"--include_path {args.include_path} is no folder; name the one with YAMLs")
     if args.tasks and lm_eval is None:
         raise UserError("--tasks needs the package lm-eval; pip install lm-eval==0.4.13")
-    device, shard = tp.start(args.device)
+    device, shard = tp.init(args.device)
     path = args.checkpoint_path or tp.in_turn(default_checkpoint)
     model, tokenizer = load(path, device, args.precision, shard)
     window = args.max_seq_length or model.args.block_size
@@ -371,7 +381,7 @@ def main(args: Namespace) -> None:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     evaluator = Evaluator(model, tokenizer, args.batch_size, window, args.compile)
     results = run_tasks(evaluator, args) if args.tasks else perplexity(evaluator, args)
-    tp.finish(shard)
+    tp.shutdown(shard)
     if args.output_path and not (shard and shard.rank):
         settings = {"model": str(path), "device": str(device), "precision": args.precision}
         settings |= {"max_seq_length": window, "batch_size": args.batch_size}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cli import UserError
 from linear import Linear
-from model import Transformer
+from model import Transformer, TransformerBlock
 
 # ------------------------------------------------------------------------------------------------
 # One weight
@@ -150,6 +150,8 @@ def calibration_sequences(
 class AllAtOnce(nn.Module):
     """Stands in for a KV cache where every position of a sequence comes in the same call."""
 
+    has_kernels = False
+
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         return k.transpose(1, 2), v.transpose(1, 2)  # [1, T, H, D] -> [1, H, T, D]
 
@@ -195,22 +197,24 @@ def quantize_blocks(
     up to the model's context. In memory are one block, its Hessians and the hidden states. Call
     `setup_caches` before using the model for anything else.
     """
-    device, groups = model.norm.weight.device, model.args.n_head // model.args.n_local_heads
+    device = model.device
     names = {module: name for name, module in model.named_modules()}
     states = [model.tok_embeddings(tokens[None].to(device)) for tokens in sequences]  # [1, T, dim]
     lengths = [x.shape[1] for x in states]
     longest, count = max(lengths), sum(lengths)
     bar = tqdm(total=sum(isinstance(m, Linear) for m in names), desc="GPTQ", unit="matrix")
 
-    def block(layer, x, input_pos, freqs_cis, mask):
-        def run(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-            T = x.shape[1]
-            where = (input_pos[:, :T], freqs_cis[:, :T], mask[:, :, : T * groups, :T])
-            return functional_call(layer, weights, (x, *where))
-
+    model.setup_caches(0, longest)  # for the tables of rotations
+    for layer in model.layers:
         layer.attention.kv_cache = AllAtOnce()
+
+        def run(x: Tensor, weights: dict[str, Tensor], layer: TransformerBlock = layer) -> Tensor:
+            input_pos = torch.arange(x.shape[1], device=device)[None]
+            mask = layer.attention.mask(input_pos, x.shape[1], x.dtype)
+            return functional_call(layer, weights, (x, input_pos, mask, True))
+
         linears = {name: m for name, m in layer.named_modules() if isinstance(m, Linear)}
-        hessians = collect_hessians(linears, lambda x: run(x, {}), states, count)
+        hessians = collect_hessians(linears, functools.partial(run, weights={}), states, count)
         weights = {}
         for name, linear in linears.items():
             weight = quantize(f"{names[layer]}.{name}", linear.weight, hessians[name])
@@ -218,13 +222,6 @@ def quantize_blocks(
             bar.update()
         for i, state in enumerate(states):
             states[i] = run(state, weights)
-        return x
-
-    # One dummy row asks the model for rotations and mask; the blocks map `states` in its place.
-    model.setup_caches(0, longest)
-    dummy = torch.zeros(1, longest, dtype=torch.long, device=device)
-    positions = torch.arange(longest, device=device)[None]
-    model(dummy, positions, longest, last=dummy[:, :1], block=block)
     hessian = torch.zeros(model.args.dim, model.args.dim, device=device)
     for x in states:
         add_inputs(hessian, count, model.output, (model.norm(x),))  # spares us all logits

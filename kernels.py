@@ -1,43 +1,29 @@
-"""Matrix products and attention on CPUs with AVX-512, written for the few rows of decoding.
+"""Matrix products, attention and a whole model in C++, for CPUs with AVX-512.
 
-Decoding multiplies one row, or the few that speculation judges, with every weight of the model: all
-that counts is that weights stream in from the first byte to the last, and that what is done to them
-keeps up. So each weight is stored anew, once, after loading: in *tiles* of 32 rows, a few columns
-at a time. For prefill, which multiplies many rows, tile by tile becomes bf16. Small models wait for
-Python more than for memory: so `Transformer` below does all that `model.py`'s does, in one call.
+Decoding multiplies one row, or the few that speculation verifies, with every weight of the model.
+It is memory-bound: stream weights sequentially, keep arithmetic ahead of the bus. So each weight is
+packed once, after loading, in *tiles* of 32 rows, a few columns at a time. Small models wait for
+Python more than for memory: `fuse` runs all that model.py does in one call.
 
-The C++ wants the bf16 instructions of AVX-512 (Intel Cooper Lake, Sapphire Rapids and newer; AMD
-Zen 4 and newer) and is built once, by the first process that needs it. Without them, without a
-compiler or in other dtypes torch's own operations run.
-
-Up to FEW_ROWS, what a row gives never depends on how many there are: all sums have one order.
+kernels.cpp wants the bf16 instructions of AVX-512 (Intel Cooper Lake, Sapphire Rapids and newer;
+AMD Zen 4 and newer) and is built once, by the first process that needs it. Without them, without a
+compiler or in other dtypes PyTorch's own operations run.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import functools
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = 32  # up to here weights are decoded as they are multiplied; above, made floats once
-SOURCE = Path(__file__).with_name("kernels.cpp")
-PREFIX = "tokenbus_"  # of libraries in the cache
+from build_cpp import load_extension
 
-FLAGS = f"-std=c++20 -O3 -fopenmp -DFEW_ROWS={FEW_ROWS} "
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = "-std=c++20 -O3 -fopenmp "
 FLAGS += "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni"
 NEEDED = {"fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
 
@@ -59,161 +45,48 @@ def load() -> bool:
     """
     if not supported() or not load_extension(SOURCE, FLAGS):
         return False
+
+    def rows_by(x: Tensor, out: int) -> Tensor:
+        return x.new_empty(len(x), out)
+
+    def queries(qkv: Tensor, _pos, _freqs, _q_norm, _k_norm, _eps, k_cache: Tensor, _v) -> Tensor:
+        return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k_cache.shape[1], qkv.shape[3])
+
     shapes = {
-        "linear": lambda x, weight, out: x.new_empty(len(x), out),
-        "linear_int8": lambda x, weight, scales: x.new_empty(len(x), len(scales)),
-        "linear_int8_activation": lambda x, weight, scales, peaks: x.new_empty(len(x), len(scales)),
-        "linear_int4": lambda x, weight, grid, out: x.new_empty(len(x), out),
-        "attend": lambda q, k, v, positions: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
+        "linear_bf16": lambda x, packed, out: rows_by(x, out),
+        "linear_int8": lambda x, packed, grid, prefill: rows_by(x, len(grid)),
+        "linear_int8_activation": lambda x, packed, grid, peaks: rows_by(x, len(grid)),
+        "linear_int4": lambda x, packed, grid, out, prefill: rows_by(x, out),
+        "rotate_write": queries,
+        "attend": lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
     }
     for name, shape in shapes.items():
         torch.library.register_fake(f"tokenbus::{name}", shape)
     return True
 
 
-# ---- Building ------------------------------------------------------------------------------------
-
-
-def load_extension(source: Path, flags: str) -> bool:
-    """Load the library of a C++ file, built first unless the cache holds it; whether that worked.
-
-    If not, one line on standard error says what failed, where, and what to do.
-    """
-    try:
-        load_or_build(source, flags)
-    except (OSError, RuntimeError) as error:
-        print(f"slower than it could be: no kernels for this CPU; {error}", file=sys.stderr)
-        return False
-    return True
-
-
-def load_or_build(source: Path, flags: str) -> None:
-    """Load the library from the cache, or build it there: one process does, others wait."""
-    version = (torch.__version__, torch.version.git_version, torch.compiled_with_cxx11_abi())
-    key = hashlib.sha256(repr((source.read_bytes(), flags, version)).encode()).digest()
-    library = cache_folder() / f"{PREFIX}{key.hex()[:16]}.so"
-    with contextlib.suppress(OSError):
-        return load_sealed(library, key)
-    print("building kernels for this CPU, once ...", file=sys.stderr)
-    try:
-        with build_folder(library.parent) as folder:
-            with contextlib.suppress(OSError):  # built by another process meanwhile
-                return load_sealed(library, key)
-            built = compile_library(source, flags, folder)
-            seal(built, key)
-            os.replace(built, library)
-    except OSError as error:
-        advice = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
-        raise RuntimeError(f"cannot write {library} ({error.strerror}); {advice}") from None
-    try:
-        load_sealed(library, key)
-    except OSError as error:
-        reason = error.__cause__ or error
-        advice = "set CXX to another compiler or TORCH_EXTENSIONS_DIR to another folder"
-        raise RuntimeError(f"cannot load {library}, just built ({reason}); {advice}") from None
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept."""
-    try:
-        folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-        return Path(folder) if folder else Path.home() / ".cache" / "torch_extensions"
-    except RuntimeError:
-        raise RuntimeError(
-            "no home folder; set TORCH_EXTENSIONS_DIR to a folder for the library"
-        ) from None
-
-
-@contextlib.contextmanager
-def build_folder(cache: Path) -> Iterator[Path]:
-    """Yield a temporary folder in the cache while no other process builds there."""
-    cache.mkdir(parents=True, exist_ok=True)
-    handle = os.open(cache, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: all build
-            fcntl.flock(handle, fcntl.LOCK_EX)  # released when a process dies, however it does
-            for abandoned in cache.glob(f".{PREFIX}*"):
-                shutil.rmtree(abandoned, ignore_errors=True)
-        options = {"prefix": f".{PREFIX}", "dir": cache, "ignore_cleanup_errors": True}
-        with tempfile.TemporaryDirectory(**options) as folder:
-            yield Path(folder)
-        with contextlib.suppress(OSError):  # not every file system can
-            os.fsync(handle)  # makes the rename durable
-    finally:
-        os.close(handle)
-
-
-def compile_library(source: Path, flags: str, folder: Path) -> Path:
-    """Compile and link in a temporary folder; RuntimeError quotes a compiler that fails.
-
-    OpenMP is left out of linking: its symbols come from the runtime that torch has loaded.
-    """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "g++"
-    torch_folder = Path(torch.__file__).parent
-    object_file, built = folder / "kernels.o", folder / "kernels.so"
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    includes = (abi, "-isystem", torch_folder / "include")
-    libraries = (f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu")
-    for arguments in (
-        (*flags.split(), "-w", "-fPIC", *includes, "-c", source, "-o", object_file),
-        ("-shared", object_file, *libraries, "-o", built),
-    ):
-        if reason := compiler_error(compiler, arguments, folder):
-            if os.strerror(errno.ENOSPC) in reason:  # no other compiler helps
-                raise OSError(errno.ENOSPC, reason)
-            advice = "install g++ 10 or newer, or set CXX to one"
-            raise RuntimeError(f"{compiler} cannot build {source} ({reason}); {advice}")
-    return built
-
-
-def compiler_error(compiler: str, arguments: tuple, folder: Path) -> str:
-    """Run the compiler; the first line that says what went wrong, or "" if nothing did."""
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "errors": "replace"}
-    options["env"] = os.environ | {"LC_ALL": "C", "TMPDIR": str(folder)}
-    try:
-        done = subprocess.run([*shlex.split(compiler), *arguments], **options)
-    except (OSError, ValueError) as error:  # there is none, or quotes in CXX do not match
-        return getattr(error, "strerror", None) or str(error)
-    if done.returncode == 0 and arguments[-1].exists():
-        return ""
-    lines = (done.stderr or done.stdout).strip().splitlines()
-    errors = [line for line in lines if "error:" in line and not line.startswith("collect2:")]
-    return (errors or lines or [f"exit status {done.returncode}, no message"])[0]
-
-
-def seal(library: Path, key: bytes) -> None:
-    """Append a checksum, which the loader ignores, and wait until the file is on disk."""
-    with library.open("r+b") as file:
-        file.write(hashlib.sha256(file.read() + key).digest())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def load_sealed(library: Path, key: bytes) -> None:
-    """Load a library; OSError if it is not whole, not of this key, or the loader refuses it.
-
-    Loading a file that was cut short kills the process (SIGBUS), hence the checksum.
-    """
-    content = library.read_bytes() if library.is_file() else b""
-    if content[-32:] != hashlib.sha256(content[:-32] + key).digest():
-        raise OSError(f"{library} is damaged")
-    torch.ops.load_library(library)
-
-
-# ---- Preparing -----------------------------------------------------------------------------------
+def take_cache(cache: Tensor) -> bool:
+    """Whether the operators read and write a KV cache like this one, `[B, KV heads, S, D]`."""
+    fits = cache.device.type == "cpu" and cache.dtype == torch.bfloat16
+    return fits and cache.shape[3] % 2 == 0 and cache.shape[3] <= 256 and load()
 
 
 def fuse(model: nn.Module) -> Callable | None:
-    """What runs all of a prepared model with its caches in one call, if it can.
+    """One call that runs a whole model with packed weights on its caches; None where it cannot.
 
-    It cannot where a module listens: the collectives of tensor parallelism are hooks.
+    It takes what `Transformer.forward` does and returns logits and hidden states as a tuple. Where
+    a module listens it cannot: the collectives of tensor parallelism are hooks.
     """
     linears = [module for module in model.modules() if hasattr(module, "tiles")]
-    packed = all(linear.tiles is not None for linear in linears)
-    if not (model.attends and packed) or any(m._forward_hooks for m in model.modules()):
+    attentions = [layer.attention for layer in model.layers]
+    fits = all(linear.tiles is not None for linear in linears)
+    fits = fits and all(attention.kv_cache.has_kernels for attention in attentions)
+    if not fits or any(module._forward_hooks for module in model.modules()):
         return None
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    fused = torch.classes.tokenbus.Transformer(tensors, len(model.layers), model.args.norm_eps)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers(remove_duplicate=False))
+    scales = [a.kind.scale or a.kind.head_dim**-0.5 for a in attentions]
+    windows = [a.kind.window for a in attentions]
+    fused = torch.classes.tokenbus.Transformer(tensors, model.args.norm_eps, scales, windows)
     return lambda idx, input_pos, kv_len, last=None: fused.forward(idx, input_pos, last)
 
 

@@ -345,7 +345,7 @@ class Transformer(nn.Module):
         if tied:
             state["output.weight"] = state.get("tok_embeddings.weight")
         if shard:
-            model = shard.split(model, state, path)
+            model = shard.slice_state(model, state, path)
         for i in range(args.n_layer):
             prefix = f"layers.{i}.attention."
             parts = [prefix + f"{name}.weight" for name in ("wq", "wk", "wv")]
@@ -363,7 +363,7 @@ class Transformer(nn.Module):
             model.output.weight = model.tok_embeddings.weight  # one tensor, also where it is copied
         model.requires_grad_(False).eval().to(device=device, dtype=dtype)
         if shard:
-            shard.join(model, tied)
+            shard.add_collectives(model, tied)
         return model
 
 

@@ -11,7 +11,6 @@ file does not pass is prefilled anew.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -30,10 +29,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cli import UserError, number, replacing
+from cli import UserError, replacing
 from model import Transformer
 
-FORMAT = "tokenbus prefill cache 1"
+FORMAT = "tokenbus prefill cache 2"
 NAME = re.compile(r"([0-9a-f]{16}-\d+of\d+)-([0-9a-f]{16})\.safetensors")  # fingerprint, tokens
 TEMPORARY = re.compile(r"\.\d+-" + NAME.pattern)  # as `replacing` calls a file that is being made
 STALE_S = 3600  # a temporary file this old has no writer any more
@@ -61,7 +60,7 @@ class PrefillCache:
     """A store of prefilled contexts: up to `max_bytes` in memory, and as much in `directory`
     (for each rank that shares it).
 
-    What was used least recently goes first. One cache serves several models (a target and its
+    Eviction is LRU. One cache serves several models (a target and its
     draft) and several processes may share a directory. Memory is that of the model's device.
     Raises a `UserError` if the directory cannot be written.
 
@@ -87,20 +86,20 @@ class PrefillCache:
 
         The last `leave` tokens are not looked for: one has to be fed to get logits.
         """
-        wanted, mark = tokens[: max(0, len(tokens) - leave)], self.fingerprint(model)
-        mine = [entry for name, entry in self.entries.items() if name.startswith(mark + "-")]
+        wanted, model_id = tokens[: max(0, len(tokens) - leave)], self.fingerprint(model)
+        mine = [entry for name, entry in self.entries.items() if name.startswith(model_id + "-")]
         found = max(mine, key=lambda entry: common_length(entry.tokens, wanted), default=None)
         length = common_length(found.tokens, wanted) if found else 0
         if self.folder and length < len(wanted):
-            on_disk = self.folder.find(wanted, length, mark, model)
+            on_disk = self.folder.find(wanted, length, model_id, model)
             self.folder.warn_of_stale(wanted, on_disk, {*self.fingerprints.values()})
             if on_disk:
                 found, length = on_disk, common_length(on_disk.tokens, wanted)
-                self.keep(name_of(mark, found.tokens), found)
-        length = agree(length, model.freqs_cis.device)
+                self.keep(name_of(model_id, found.tokens), found)
+        length = agree(length, model.device)
         if not length:
             return None
-        name = name_of(mark, found.tokens)
+        name = name_of(model_id, found.tokens)
         if name in self.entries:
             self.entries[name] = self.entries.pop(name)  # now the most recently used
         if self.folder:
@@ -121,10 +120,10 @@ class PrefillCache:
                 f"prefill cache's {self.max_bytes / 1e9:.2f}; they are not kept"
             )
             return
-        mark = self.fingerprint(model)
-        self.keep(name_of(mark, entry.tokens), entry)
+        model_id = self.fingerprint(model)
+        self.keep(name_of(model_id, entry.tokens), entry)
         if self.folder:
-            self.folder.write(mark, entry)
+            self.folder.write(model_id, entry)
 
     def keep(self, name: str, entry: Entry) -> None:
         """Put an entry into memory, in place of those used least recently."""
@@ -135,7 +134,7 @@ class PrefillCache:
         while used > self.max_bytes:
             used -= self.entries.pop(next(iter(self.entries))).kv.nbytes
 
-    def remember(
+    def prefill_context(
         self,
         context: list[int],
         model: Transformer,
@@ -150,14 +149,13 @@ class PrefillCache:
         entry = self.lookup(context, model, leave=0)
         start = entry.length if entry else 0
         if start < len(context):
-            with first_row(model):
-                if entry:
-                    entry.load_into(model)
-                prefill([context], start)
-                self.store(context, model)
+            if entry:
+                entry.load_into(model)
+            prefill([context], start)
+            self.store(context, model)
         return len(context) - start
 
-    def resume(self, prompts: list[list[int]], model: Transformer) -> int:
+    def restore_prefix(self, prompts: list[list[int]], model: Transformer) -> int:
         """Load what is stored of the beginning that all prompts share, into every row.
 
         Returns how many tokens that is: of each prompt all but the last at the most.
@@ -168,20 +166,6 @@ class PrefillCache:
             return 0
         entry.load_into(model)
         return entry.length
-
-
-@contextlib.contextmanager
-def first_row(model: Transformer) -> Iterator[None]:
-    """Let the model see only row 0 of its KV cache, so that it takes a batch of one."""
-    caches = [layer.attention.kv_cache for layer in model.layers]
-    whole = [(cache.k_cache, cache.v_cache) for cache in caches]
-    try:
-        for cache in caches:
-            cache.k_cache, cache.v_cache = cache.k_cache[:1], cache.v_cache[:1]
-        yield
-    finally:
-        for cache, pair in zip(caches, whole, strict=True):
-            cache.k_cache, cache.v_cache = pair
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,19 +207,21 @@ class Folder:
             elif name.endswith(".safetensors") and not name.startswith("."):
                 self.warn(name, "is not a file of the prefill cache")
 
-    def find(self, wanted: list[int], length: int, mark: str, model: Transformer) -> Entry | None:
+    def find(
+        self, wanted: list[int], length: int, model_id: str, model: Transformer
+    ) -> Entry | None:
         """Read the entry that shares the most with `wanted`, and more than `length`, if any.
 
         A file is read whole, so one that would serve with less than a sixteenth is left alone.
         """
         found = []
         for match in self.names():
-            tokens = self.tokens_of(match[0]) if match[1] == mark else []
+            tokens = self.tokens_of(match[0]) if match[1] == model_id else []
             shared = common_length(tokens, wanted)
             if shared > length and shared * 16 >= len(tokens):
                 found.append((-shared, len(tokens), match[0]))
         for *_, name in sorted(found):
-            if entry := self.checked(name, lambda name: read(self.path / name, mark, model)):
+            if entry := self.checked(name, lambda name: read(self.path / name, model_id, model)):
                 return entry
         return None
 
@@ -261,7 +247,7 @@ class Folder:
 
     def warn_of_stale(self, wanted: list[int], found: Entry | None, marks: set[str]) -> None:
         """Say if the very context wanted is here, but not of any model that is running."""
-        ranks = {mark.partition("-")[2] for mark in marks}
+        ranks = {model_id.partition("-")[2] for model_id in marks}
         for match in self.names() if found is None else ():
             stale = match[1] not in marks and match[1].partition("-")[2] in ranks
             if stale and match[2] == hash_of(wanted):
@@ -273,7 +259,7 @@ class Folder:
         with contextlib.suppress(OSError):  # not there, or another user's
             os.utime(self.path / name)
 
-    def write(self, mark: str, entry: Entry) -> None:
+    def write(self, model_id: str, entry: Entry) -> None:
         """Write an entry, readable by its owner only, and remove what the budget has no room for.
 
         Failing is no more than a warning: the text does not depend on it.
@@ -282,9 +268,9 @@ class Folder:
         flat = torch.frombuffer(data, dtype=entry.kv.dtype)
         flat.copy_(entry.kv.flatten())
         shape, dtype = entry.kv.shape, entry.kv.dtype
-        digest = digest_of(make_header(mark, entry.tokens, shape, dtype), data)
-        header = make_header(mark, entry.tokens, shape, dtype, digest)
-        path = self.path / name_of(mark, entry.tokens)
+        digest = digest_of(make_header(model_id, entry.tokens, shape, dtype), data)
+        header = make_header(model_id, entry.tokens, shape, dtype, digest)
+        path = self.path / name_of(model_id, entry.tokens)
         if len(header) + len(data) > self.max_bytes:
             return warn(f"{path} would be larger than the whole prefill cache; it is not written")
         if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -328,11 +314,11 @@ class Folder:
 
 
 def make_header(
-    mark: str, tokens: list[int], shape: torch.Size, dtype: torch.dtype, digest: str = "0" * 64
+    model_id: str, tokens: list[int], shape: torch.Size, dtype: torch.dtype, digest: str = "0" * 64
 ) -> bytes:
     """The first bytes of a file, up to its one tensor: a length and JSON, as safetensors has it."""
     size = shape.numel() * dtype.itemsize
-    metadata = {"format": FORMAT, "fingerprint": mark, "sha256": digest}
+    metadata = {"format": FORMAT, "fingerprint": model_id, "sha256": digest}
     metadata["tokens"] = " ".join(map(str, tokens))
     kv = {"dtype": DTYPES[dtype], "shape": [*shape], "data_offsets": [0, size]}
     text = json.dumps({"__metadata__": metadata, "kv": kv}).encode()
@@ -379,19 +365,19 @@ def read_tokens(path: Path) -> list[int]:
     return [int(token) for token in metadata["tokens"].split()]
 
 
-def read(path: Path, mark: str, model: Transformer) -> Entry:
+def read(path: Path, model_id: str, model: Transformer) -> Entry:
     """The whole entry of a model; `ValueError` if anything about the file is not as written."""
     tokens = read_tokens(path)
     slots = model.layers[0].attention.kv_cache.k_cache  # [B, H, S + 1, D]
     shape = torch.Size((len(model.layers), 2, slots.shape[1], len(tokens), slots.shape[3]))
     with open_own(path) as file:
         header, metadata = read_header(file)
-        if header != make_header(mark, tokens, shape, slots.dtype, metadata["sha256"]):
+        if header != make_header(model_id, tokens, shape, slots.dtype, metadata["sha256"]):
             raise ValueError("is damaged or of another model: its header is not this model's")
         data = bytearray(shape.numel() * slots.dtype.itemsize)
         if file.readinto(data) != len(data) or file.read(1):
             raise ValueError("is damaged: it has not the length that its header says")
-    if digest_of(make_header(mark, tokens, shape, slots.dtype), data) != metadata["sha256"]:
+    if digest_of(make_header(model_id, tokens, shape, slots.dtype), data) != metadata["sha256"]:
         raise ValueError("is damaged: its checksum is wrong")
     kv = torch.frombuffer(data, dtype=slots.dtype).view(shape)
     return Entry(tokens, kv.to(slots.device), len(tokens))
@@ -412,9 +398,9 @@ def hash_of(tokens: list[int] | str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def name_of(mark: str, tokens: list[int]) -> str:
+def name_of(model_id: str, tokens: list[int]) -> str:
     """The name of the file for these tokens of the model with this fingerprint."""
-    return f"{mark}-{hash_of(tokens)}.safetensors"
+    return f"{model_id}-{hash_of(tokens)}.safetensors"
 
 
 def digest_of(header: bytes, data: bytearray) -> str:
@@ -428,13 +414,14 @@ def fingerprint(model: Transformer) -> str:
     """What tells this model's keys and values from any other's: 16 digits and the rank of ranks.
 
     A hash of the configuration, the shape and dtype of a cached position, the kind of device, the
-    version of torch (both decide how sums are rounded) and, of every tensor, its name, shape, dtype
+    version of torch, kernels or not (which decide how sums are rounded) and, of every tensor, its name, shape, dtype
     and 64 evenly spread values. So a 140 GB file need not be read, and an edit that leaves all
     those values as they were is not noticed.
     """
-    slots = model.layers[0].attention.kv_cache.k_cache
-    facts = [FORMAT, torch.__version__, slots.device.type, str(slots.dtype), slots.shape[1]]
-    facts += [slots.shape[3], dataclasses.asdict(model.args)]
+    cache = model.layers[0].attention.kv_cache
+    slots, kernels = cache.k_cache, cache.has_kernels
+    facts = [FORMAT, torch.__version__, slots.device.type, str(slots.dtype), kernels]
+    facts += [slots.shape[1], slots.shape[3], dataclasses.asdict(model.args)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
@@ -460,40 +447,3 @@ def agree(length: int, device: torch.device) -> int:
 
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------
-# What generate.py adds to its command line
-
-
-def add_context_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of the prefill cache."""
-    about = "a text that every prompt continues, or @FILE; it is prefilled once"
-    parser.add_argument("--prefill_context", type=context_text, metavar="TEXT", help=about)
-    about = "keep prefilled contexts in this folder"
-    parser.add_argument("--prefill_cache", type=Path, metavar="DIR", help=about)
-    size, about = number(float, 0, 1e6), "room in memory, and again in the folder (default: 8)"
-    parser.add_argument("--prefill_cache_gb", type=size, metavar="GB", help=about)
-
-
-def context_text(value: str) -> str:
-    """An argparse type: a text, or @ and the name of the file that holds it."""
-    name = value.removeprefix("@")
-    try:
-        text = value if name == value else Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        problem = f"cannot read {name!r} ({error}); name a UTF-8 text file"
-        raise argparse.ArgumentTypeError(problem) from None
-    if not text:
-        raise argparse.ArgumentTypeError("the context is empty; give a text or @FILE")
-    return text
-
-
-def make_cache(args: argparse.Namespace) -> PrefillCache | None:
-    """The cache that the flags ask for; `UserError` if they ask for none and yet set it up."""
-    if args.prefill_context:
-        gigabytes = 8 if args.prefill_cache_gb is None else args.prefill_cache_gb
-        return PrefillCache(int(gigabytes * 1e9), args.prefill_cache)
-    if args.prefill_cache or args.prefill_cache_gb is not None:
-        raise UserError("--prefill_cache and --prefill_cache_gb go with --prefill_context; add it")
-    return None

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from engine import Engine, generate
 from linear import Int4Linear, Int8ActivationLinear, Int8Linear, Linear
-from model import Attention, RMSNorm, Transformer, TransformerBlock
+from model import Attention, RMSNorm, Transformer
 
 MARK = "tokenbus:"
 SCHEME_NAMES = {Int8Linear: "int8", Int8ActivationLinear: "int8-activation", Int4Linear: "int4"}
 FLOAT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-Place = tuple[dict, str, Callable, "str | Callable[..., str]"]
+Patch = tuple[dict, str, Callable, "str | Callable[..., str]"]
 
 
 def scheme_of(linear: Linear) -> str:
@@ -50,7 +51,7 @@ def in_range(function: Callable, label: str | Callable[..., str]) -> Callable:
 
 
 @contextlib.contextmanager
-def in_ranges(places: list[Place]) -> Iterator[None]:
+def in_ranges(places: list[Patch]) -> Iterator[None]:
     """Put functions into ranges for a while: `(namespace, name in it, function, range's name)`."""
     before = [(space, key, space.get(key)) for space, key, _, _ in places]
     for space, key, function, label in places:
@@ -65,7 +66,7 @@ def in_ranges(places: list[Place]) -> Iterator[None]:
                 space[key] = function
 
 
-def module_places(model: Transformer) -> dict[str, Place]:
+def module_places(model: Transformer) -> dict[str, Patch]:
     """The modules that get a range of their own, by name."""
     places = {}
     for name, module in model.named_modules():
@@ -87,8 +88,8 @@ def attention_title(
     name: str,
     x: Tensor,
     input_pos: Tensor,
-    freqs_cis: Tensor,
     mask: Tensor | None,
+    prefill: bool,
 ) -> str:
     """The range of one call of attention: its bytes are the cached positions it looks at."""
     length = int(input_pos.max()) + 1 if mask is None else mask.shape[-1]
@@ -96,11 +97,11 @@ def attention_title(
     return title("Attention", name=name, size=2 * read.nbytes)
 
 
-def wrapped_steps(engine) -> Iterator[tuple[str, Callable]]:
-    """The two steps of a `generate.Engine`, by name, in their ranges."""
+def wrapped_steps(engine: Engine) -> Iterator[tuple[str, Callable]]:
+    """The two steps of an Engine, by name, in their ranges."""
     inner = module_places(engine.model)
     outer = [place for name, place in inner.items() if not name.startswith("layers.")]
-    rope = (TransformerBlock.forward.__globals__, "apply_rotary_emb")
+    rope = (Attention.attend.__globals__, "apply_rotary_emb")
     eager = [*inner.values(), (*rope, rope[0][rope[1]], title("RoPE", name=rope[1]))]
 
     def step(kind: str, function: Callable) -> Callable:
@@ -121,15 +122,15 @@ def wrapped_steps(engine) -> Iterator[tuple[str, Callable]]:
 
 
 @contextlib.contextmanager
-def traced(engine, namespace: dict) -> Iterator[None]:
-    """Have a profile of this `generate.Engine` say what belongs to what.
+def traced(engine: Engine) -> Iterator[None]:
+    """Have a profile of this Engine say what belongs to what.
 
-    `namespace` is where `generate` finds `sample`. Compiled code is left as it was compiled: ranges
+    Compiled code is left as it was compiled: ranges
     put into it would compile it anew. So those inside a step exist only while a step runs that is
     not compiled, and with one compiled block those outside of the blocks. A model that is one
     kernel runs by its modules meanwhile, as nothing shows inside a kernel.
     """
-    before = engine.prefill_step, engine.decode_step
+    before, namespace = (engine.prefill_step, engine.decode_step), generate.__globals__
     sampling = (namespace, "sample", namespace["sample"], title("Sampling", name="sample"))
     try:
         for name, step in [*wrapped_steps(engine)]:

@@ -10,11 +10,11 @@ logits. NCCL carries them on CUDA and ROCm, gloo on CPUs. Every rank then draws 
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import UserError, number
+from engine import find_device
 from linear import Int8ActivationLinear, Linear
-from model import ModelArgs, Transformer, find_device
+from model import ModelArgs, Transformer
 
 ops = torch.ops._c10d_functional  # unlike dist.all_reduce, torch.compile sees through them
 
@@ -42,7 +43,7 @@ FOREVER = datetime.timedelta(days=20)  # in which a user types a line
 # The ranks: beginning and end, and what one knows and all need
 
 
-def start(name: str | None) -> tuple[torch.device, Shard | None]:
+def init(name: str | None) -> tuple[torch.device, Shard | None]:
     """The device of this process and, if torchrun started several, its share of the model.
 
     `name` is that of `--device`. Raises `UserError` if the others do not come within TP_TIMEOUT.
@@ -63,7 +64,7 @@ def start(name: str | None) -> tuple[torch.device, Shard | None]:
     try:
         dist.init_process_group(dist.get_default_backend_for_device(device), **options)
         shard = Shard(device)
-        for task in ((beat, shard, store()), (watch, shard)):
+        for task in ((send_heartbeats, shard, store()), (watch_heartbeats, shard)):
             threading.Thread(target=task[0], args=task[1:], daemon=True).start()
         return device, shard
     except (RuntimeError, ValueError) as error:
@@ -73,7 +74,7 @@ def start(name: str | None) -> tuple[torch.device, Shard | None]:
         ) from None
 
 
-def finish(shard: Shard | None) -> None:
+def shutdown(shard: Shard | None) -> None:
     """Leave together, so that nobody is missed."""
     if shard:
         dist.barrier()
@@ -99,8 +100,8 @@ def store() -> dist.Store:
     return dist.PrefixStore(f"tp/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", tcp)
 
 
-def beat(shard: Shard, beats: dist.Store) -> None:
-    """Give a sign of life now and then, and note when those of the others were new."""
+def send_heartbeats(shard: Shard, beats: dist.Store) -> None:
+    """Send heartbeats, and note when those of the other ranks were new."""
     counts = [0] * shard.world
     while not shard.done.wait(BEAT):
         for rank in range(shard.world):
@@ -112,7 +113,7 @@ def beat(shard: Shard, beats: dist.Store) -> None:
                 counts[rank], shard.heard[rank] = count, time.monotonic()
 
 
-def watch(shard: Shard) -> None:
+def watch_heartbeats(shard: Shard) -> None:
     """End this process when another rank falls silent: a collective would wait for it in vain.
 
     torchrun ends what it has started itself when a rank dies. This is for ranks on other machines,
@@ -127,7 +128,7 @@ def watch(shard: Shard) -> None:
             os._exit(1)
 
 
-def same(make: Callable):
+def broadcast_from_rank0(make: Callable):
     """What `make()` returns on rank 0, on every rank: text that was typed, a time measured, …
 
     It has to be a JSON value. Unlike a collective, waiting for it has no end, as a user has time.
@@ -136,7 +137,7 @@ def same(make: Callable):
         return make()
     shared, rank = store(), dist.get_rank()
     shared.set_timeout(FOREVER)
-    key = f"same/{shared.add(f'count/{rank}', 1)}"
+    key = f"shared/{shared.add(f'count/{rank}', 1)}"
     if rank == 0:
         shared.set(key, json.dumps(make()))
     return json.loads(shared.get(key))
@@ -159,12 +160,13 @@ def in_turn(make: Callable):
 
 def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int, path: Path) -> None:
     """Raise a `UserError` that says what fits, unless the model can be cut into `world` parts."""
-    counts = {"KV heads": args.n_local_heads, "heads": args.n_head}
+    counts = {"KV heads": math.gcd(*(kind.n_local_heads for kind in args.kinds))}
+    counts |= {"heads": math.gcd(*(kind.n_head for kind in args.kinds))}
     counts["columns of w2"] = args.intermediate_size
     for key, tensor in state.items():
         if key.endswith(tuple(f".{name}.scales_and_zeros" for name in BY_COLUMNS)):
             counts[f"int4 groups of {key.removesuffix('.scales_and_zeros')}"] = len(tensor)
-    fitting = [n for n in range(1, args.n_local_heads + 1) if not math.gcd(*counts.values()) % n]
+    fitting = [n for n in range(1, counts["KV heads"] + 1) if not math.gcd(*counts.values()) % n]
     for what, count in counts.items():
         if count % world:
             raise UserError(
@@ -174,14 +176,14 @@ def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int, path: Pat
 
 
 class Shard:
-    """What one rank holds of a model: `split` cuts before loading, `join` connects after it."""
+    """What one rank holds of a model: `slice_state` before loading, `add_collectives` after it."""
 
     def __init__(self, device: torch.device):
         self.device, self.rank, self.world = device, dist.get_rank(), dist.get_world_size()
         self.group, self.done = dist.group.WORLD.group_name, threading.Event()
         self.heard = [time.monotonic()] * self.world  # when each rank gave its last sign of life
 
-    def split(self, model: Transformer, state: dict[str, Tensor], path: Path) -> Transformer:
+    def slice_state(self, model: Transformer, state: dict[str, Tensor], path: Path) -> Transformer:
         """The rank's part of the model in `path`, on the meta device; `state` becomes its tensors.
 
         Heads and hidden units are fewer, so the model's args are the rank's own. The embedding is
@@ -189,14 +191,13 @@ class Shard:
         """
         args = model.args
         check_sizes(args, state, self.world, path)
-        names = ("n_head", "n_local_heads", "intermediate_size")
-        local = {name: getattr(args, name) // self.world for name in names}
         with torch.device("meta"):
-            model = Transformer(dataclasses.replace(args, **local))
+            model = Transformer(args.share(self.world))
             model.output = Linear(args.dim, len(self.vocabulary(args.vocab_size)))
-        heads = model.layers[0].attention.heads
         for key, tensor in state.items():
-            state[key] = self.cut(key, tensor, heads)
+            layer = re.match(r"layers\.(\d+)\.", key)
+            layer = model.layers[min(int(layer[1]), args.n_layer - 1) if layer else 0]
+            state[key] = self.slice_tensor(key, tensor, layer.attention.heads)
         return model
 
     def share(self, size: int) -> int:
@@ -208,7 +209,7 @@ class Shard:
         share = self.share(size)
         return range(size)[self.rank * share : (self.rank + 1) * share]
 
-    def cut(self, key: str, tensor: Tensor, heads: tuple[int, int, int]) -> Tensor:
+    def slice_tensor(self, key: str, tensor: Tensor, heads: tuple[int, int, int]) -> Tensor:
         """The rank's part of a stored tensor: a view of the mapped file where it can be one.
 
         A tensor without the dimensions it should have stays whole; `check_state` will name it.
@@ -236,7 +237,7 @@ class Shard:
         whole = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
         return whole.to(self.device).contiguous()
 
-    def join(self, model: Transformer, tied: bool) -> None:
+    def add_collectives(self, model: Transformer, tied: bool) -> None:
         """Add the collectives to a loaded model, as hooks of its layers."""
         size = model.args.vocab_size
         if tied:  # the rows of the embedding, not a second copy of them

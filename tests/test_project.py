@@ -125,7 +125,15 @@ def clone(tmp_path_factory) -> Path:
     """A copy of the scripts, with the default model (made once, from the package index)."""
     subprocess.run([sys.executable, ROOT / "scripts" / "default_model.py"], check=True)
     folder = tmp_path_factory.mktemp("clone")
-    for pattern in ("*.py", "*.cpp", "*.txt", "*.md", "scripts/*", "profiler_scripts/*", "context/*"):
+    for pattern in (
+        "*.py",
+        "*.cpp",
+        "*.txt",
+        "*.md",
+        "scripts/*",
+        "profiler_scripts/*",
+        "context/*",
+    ):
         for file in ROOT.glob(pattern):
             if file.is_file():
                 copy = folder / file.relative_to(ROOT)
