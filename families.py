@@ -64,8 +64,8 @@ class Keys:
             raise self.refusal(key, f"not a number from {low} to {high}")
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        value = self.get(key, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.get(key, default)
         if type(value) is not bool:
             raise self.refusal(key, "not true or false")
         return value
