@@ -339,6 +339,7 @@ class Transformer(nn.Module):
         `shard`, a `tp.Shard`, takes one rank's part of it.
         """
         state = load_state(path)
+        check_layers(path, state, args.n_layer)
         with torch.device("meta"):
             model = cls(args)
         tied = args.tied and "output.weight" not in state
@@ -387,7 +388,8 @@ def load_state(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
         state = None
     tensors = state.values() if isinstance(state, dict) else [None]
-    if not all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors):
+    whole = all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors)
+    if not whole or not all(isinstance(name, str) for name in state):
         raise UserError(
             f"{path} is not a whole state dict in the zip format of torch.save; make it again"
         )
@@ -395,9 +397,28 @@ def load_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
+ADVICE = "is it of another model than config.json describes? Convert it again"
+
+
+def check_layers(path: Path, state: dict[str, Tensor], expected: int) -> None:
+    """Raise a UserError unless the file holds so many layers, before that many are made."""
+    found = {name.split(".")[1] for name in state if name.startswith("layers.")}
+    if len(found) != expected:
+        raise UserError(f"{path} holds {len(found)} layers, not {expected}; {ADVICE}")
+
+
+def check_finite(where: str | Path, name: str, tensor: Tensor) -> None:
+    """Raise a UserError if a weight is NaN or infinite."""
+    if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{where}: {name} has values that are NaN or infinite in {kind}; "
+            "fetch the model again, or convert it to a wider precision"
+        )
+
+
 def check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise a `UserError` that names the first tensor that does not fit the model, and how."""
-    advice = "is it of another model than config.json describes? Convert it again"
 
     def kind(tensor: Tensor) -> str:
         dtype = "float" if tensor.is_floating_point() else str(tensor.dtype)
@@ -405,9 +426,9 @@ def check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor
 
     for name, tensor in expected.items():
         if state.get(name) is None:
-            raise UserError(f"{path} lacks the tensor {name}; {advice}")
+            raise UserError(f"{path} lacks the tensor {name}; {ADVICE}")
         if kind(state[name]) != kind(tensor):
             found, wanted = kind(state[name]), kind(tensor)
-            raise UserError(f"{path}: {name} is {found}, not {wanted}; {advice}")
+            raise UserError(f"{path}: {name} is {found}, not {wanted}; {ADVICE}")
     for name in state.keys() - expected.keys():
-        raise UserError(f"{path} holds {name}, which this model does not have; {advice}")
+        raise UserError(f"{path} holds {name}, which this model does not have; {ADVICE}")

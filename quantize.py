@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import gptq
 from cli import Parser, UserError, add_checkpoint_flags, number, replacing, run
+from engine import find_device, load_model
 from linear import Linear, linear_for, pack_int4
-from model import Transformer, find_device
+from model import Transformer, check_finite
 from tokenizer import Tokenizer
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -160,12 +161,16 @@ def quantize_model(
     options = {"percdamp": args.percdamp, "blocksize": args.blocksize, "act_order": args.act_order}
 
     def store(name: str, weight: Tensor, hessian: Tensor | None = None) -> Tensor:
+        check_finite(args.checkpoint_path, f"{name}.weight", weight)
         tensors = quantize(weight, schemes[name], args.groupsize, hessian, **options)
         result = dequantize(model.get_submodule(name), tensors)
         errors[schemes[name]].append((result - weight.float()).square().mean().item())
         stored[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
         return result
 
+    for key, tensor in model.state_dict().items():
+        if key.removesuffix(".weight") not in schemes:  # those are read one by one
+            check_finite(args.checkpoint_path, key, tensor)
     if sequences:
         gptq.quantize_blocks(model, sequences, store)
     else:
@@ -240,7 +245,7 @@ def main(args: Namespace) -> None:
         raise UserError("--critical_layers goes with --mode hybrid")
     args.device = find_device(args.device)
     path = args.checkpoint_path
-    model = Transformer.from_checkpoint(path, args.device if by_gptq else "cpu")
+    model = load_model(path, args.device if by_gptq else "cpu")
     linears = {n: module for n, module in model.named_modules() if isinstance(module, Linear)}
     if any(type(linear) is not Linear for linear in linears.values()):
         raise UserError(f"{path} is quantized already; pass the model.pth it was made of")

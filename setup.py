@@ -14,9 +14,9 @@ setup(
     python_requires=">=3.10",
     py_modules=[
         *("cli", "kernels", "linear", "model", "tokenizer", "tp", "prefill_cache", "ranges"),
-        *("generate", "gptq", "quantize", "eval"),
+        *("engine", "families", "speculate", "generate", "gptq", "quantize", "eval"),
     ],
     packages=[""],
-    package_data={"": ["kernels.cpp"]},
+    package_data={"": ["kernels.cpp", "presets.json"]},
     install_requires=[line.split("#")[0].strip() for line in requirements],
 )

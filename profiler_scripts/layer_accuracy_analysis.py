@@ -38,10 +38,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, number, output_file, read_json, replacing, run
+from engine import find_device, load
 from eval import Evaluator, lm_eval
-from generate import load
 from linear import Linear, linear_for
-from model import Transformer, TransformerBlock, find_device
+from model import Transformer, TransformerBlock
 from profiler_scripts.profiler_analysis import (
     ROLES,
     chart,
@@ -176,7 +176,7 @@ class TextLosses:
             return y
 
         positions = torch.arange(length, device=batch.device).expand(rows, -1)
-        return model(batch[:, :-1], positions, length, block=block)
+        return model(batch[:, :-1], positions, length, block=block).logits
 
     def remember(self, part: str) -> None:
         """Keep what enters every block, so that a later run may start at any."""

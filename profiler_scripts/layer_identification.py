@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torch import nn
 
 from cli import Parser, UserError, run
+from engine import load_model
 from linear import Linear
 from model import Transformer
 from profiler_scripts.profiler_analysis import table
@@ -92,7 +93,7 @@ def make_parser() -> Parser:
 
 
 def main(args: Namespace) -> None:
-    model = Transformer.from_checkpoint(args.model_path)
+    model = load_model(args.model_path, "cpu")
     rows = list_linears(model)
     if args.report_file:
         add_ranking(rows, args.report_file)

@@ -32,10 +32,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, number, output_file, replacing, run
-from generate import Engine, Sampling, generate
-from model import Transformer, find_device
+from engine import Engine, Sampling, find_device, generate, load_model
 from ranges import MARK, traced
-from scripts.benchmark import read_bandwidth
+from scripts.machine import read_bandwidth
 
 PHASES = ("Prefill", "Decode")
 COMPILED = "Compiled block"
@@ -233,14 +232,16 @@ def analyse(events: list[dict], name: str) -> Profile:
 def timed_run(engine: Engine, prompt: list[int], max_new_tokens: int) -> list[float]:
     """Generate greedily; the time of the start and of each token, in seconds."""
     times = [time.perf_counter()]
-    for _ in generate(engine, [prompt], Sampling(temperature=0), max_new_tokens):
+    greedy = Sampling(temperature=0)
+    options = {"until": lambda row, token: False, "seeds": [0]}
+    for _ in generate(engine, [prompt], greedy, max_new_tokens, **options):
         times.append(time.perf_counter())
     return times
 
 
 def profile_checkpoint(path: Path, device: torch.device, args: Namespace) -> Profile:
     """Run a checkpoint on a random prompt, first without the profiler, and attribute its time."""
-    model = Transformer.from_checkpoint(path, device, getattr(torch, args.precision))
+    model = load_model(path, device, getattr(torch, args.precision))
     length = args.prompt_tokens + args.max_new_tokens
     if length > model.args.block_size:
         raise UserError(

@@ -4,20 +4,18 @@
 
 Decoding a token reads every weight and the filled KV cache once, so bandwidth over bytes is the
 ceiling. All candidates take turns within each repetition: what slows the machine down slows all of
-them. The loop that is timed is `generate.generate`. The method is that of llama-bench
+them. The loop that is timed is `engine.generate`. The method is that of llama-bench
 (https://github.com/ggml-org/llama.cpp/tree/master/tools/llama-bench).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import importlib.util
 import json
 import os
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -31,161 +29,37 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, add_checkpoint_flags, number, output_file, replacing, run
-from generate import (
-    Engine,
-    Sampling,
-    Speculator,
-    default_checkpoint,
-    generate,
-    load,
-    load_draft,
-    speculate,
-    start_engine,
-    synchronize,
-)
+from engine import Engine, default_checkpoint, find_device, generate, load_model, synchronize
+from families import preset_names
 from linear import Linear
-from model import PRESETS, ModelArgs, Transformer, find_device
+from model import Transformer
 from quantize import GROUP_SIZES
 from scripts.candidates import (
     GGUF_TYPES,
+    GREEDY,
     MARKERS,
     Case,
     HuggingFace,
     LlamaCpp,
     Ours,
+    greedy,
     linears,
     make,
     skeleton,
 )
+from scripts.machine import Timing, any_disturbed, free_bytes, machine, peak_bytes, probe
+from speculate import DraftModel, PromptLookup, Speculator, load_draft, speculate
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = {"llama.cpp": ("llama_cpp", "llama-cpp-python"), "transformers": ("transformers",) * 2}
-VERIFIED = (2, 4, 8)  # tokens a speculative step judges
-GREEDY = Sampling(temperature=0)
+VERIFIED = (2, 4, 8)  # tokens a speculative step verifies
+PROPOSED = 5  # at most, by a draft
 STORY = "Once upon a time, there was a"  # what speculation continues
-
-# ------------------------------------------------------------------------------------------------
-# The machine: its memory bus, and who else is using it
-
-
-def cache_bytes() -> int:
-    """Bytes of the CPU's last-level caches, all of them; 64 MiB where the system does not say."""
-    found: dict[tuple[int, str], int] = {}
-    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
-        with contextlib.suppress(OSError, ValueError):
-            level, cpus, size = (
-                (index / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
-            )
-            found[int(level), cpus] = int(size.removesuffix("K")) * 1024
-    last = max((level for level, _ in found), default=0)
-    return sum(size for (level, _), size in found.items() if level == last) or 1 << 26
-
-
-def probe_bytes(device: torch.device) -> int:
-    """How much the bandwidth probe reads at once: far more than the caches hold."""
-    if device.type == "cuda":
-        return min(4 << 30, torch.cuda.mem_get_info(device)[0] // 2)
-    return max(8 * cache_bytes(), 1 << 28)
-
-
-# Every way of reading a buffer is limited by something on some machine; the fastest one counts.
-READERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum of int64": lambda x: x.view(torch.int64).sum(),
-    "sum of float32": lambda x: x.sum(),
-    "dot of float32": lambda x: torch.dot(*x.view(2, -1)),
-    "max of float32": lambda x: x.amax(),
-    "matrix times vector": lambda x: x.view(-1, 1024) @ x[:1024],
-}
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """The bytes a second that all threads together read from memory: the best of five tries."""
-    buffer = torch.ones(probe_bytes(device) // 8192 * 2048, device=device)  # written: really there
-    best = float("inf")
-    for _ in range(6):  # the first warms up
-        for read in READERS.values():
-            synchronize(device)
-            began = time.perf_counter()
-            read(buffer)
-            synchronize(device)
-            best = min(best, time.perf_counter() - began)
-    return buffer.nbytes / best
-
-
-def busy_seconds(stat: Path = Path("/proc/stat")) -> float | None:
-    """CPU seconds of all processes since boot, also of other virtual machines; None if unknown."""
-    try:
-        words = stat.read_text().split("\n")[0].split()
-    except OSError:
-        return None
-    user, nice, system, _, _, irq, softirq, steal = map(int, words[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def own_seconds() -> float:
-    """CPU seconds of this process, all threads, and of its children that have ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-class Timing:
-    """Seconds of a measurement's repetitions, and the CPU time others used meanwhile."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-        self.foreign: float | None = 0.0
-
-    @contextlib.contextmanager
-    def clock(self, device: torch.device) -> Iterator[None]:
-        """Time one repetition."""
-        synchronize(device)
-        busy, own, began = busy_seconds(), own_seconds(), time.perf_counter()
-        yield
-        synchronize(device)
-        self.seconds.append(time.perf_counter() - began)
-        own, after = own_seconds() - own, busy_seconds()
-        known = busy is not None and after is not None and self.foreign is not None
-        self.foreign = self.foreign + after - busy - own if known else None
-
-    def disturbed(self) -> bool | None:
-        """Whether others used over 5 % of a core; None if that is not known.
-
-        The system counts in ticks of 10 ms, so two of them are allowed for.
-        """
-        if self.foreign is None:
-            return None
-        return self.foreign > 0.05 * sum(self.seconds) + 0.02
-
-    def spread(self, amount: float) -> dict[str, float]:
-        """Median, least and largest of `amount` over the seconds of each repetition."""
-        rates = [amount / seconds for seconds in self.seconds]
-        return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
-
-
-def any_disturbed(*timings: Timing) -> bool | None:
-    marks = [timing.disturbed() for timing in timings]
-    return None if None in marks else any(marks)
-
-
-def machine(device: torch.device) -> str:
-    """The machine in words."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        text = Path("/proc/cpuinfo").read_text()
-        name = text.split("model name")[1].split("\n")[0].lstrip("\t :")
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    words = f"{name}, {os.cpu_count()} logical cores, {pages / 2**30:.0f} GiB of memory"
-    words += f", {cache_bytes() / 2**20:.0f} MiB of last-level cache, {platform.system()}"
-    if device.type == "cuda":
-        words += f"; {torch.cuda.get_device_name(device)}"
-    return f"{words}; {torch.get_num_threads()} threads"
-
 
 # ------------------------------------------------------------------------------------------------
 # Measurements
@@ -205,16 +79,6 @@ def loaders(cases: list[Case], args: Namespace, length: int) -> dict[str, Callab
         bf16 = dataclasses.replace(cases[0], scheme="bf16")
         table["transformers bf16"] = lambda: HuggingFace(make(bf16, host, 1), args.device)
     return table
-
-
-def free_bytes(device: torch.device) -> int:
-    """How much memory the device has left."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, IndexError):
-        text = Path("/proc/meminfo").read_text()
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def needed_bytes(cases: list[Case], args: Namespace, length: int) -> int:
@@ -263,26 +127,31 @@ def byte_row(name: str, model, depth: int, gen: int) -> dict:
     return row | {"disturbed": False}
 
 
-def speculation_flags(args: Namespace) -> tuple[Namespace, Tokenizer]:
-    """The flags of generate.py that --draft stands for, and the checkpoint's tokenizer."""
-    flags = Namespace(**vars(args) | vars(GREEDY), precision="bfloat16", batch_size=1)
-    flags.draft_checkpoint_path = None if args.draft == "lookup" else Path(args.draft)
-    flags.speculating, flags.speculate_k, flags.fixed_k = True, 5, False
-    return flags, load(args.checkpoint_path, torch.device("meta"), "bfloat16")[1]
+def start_engine(model: Transformer, args: Namespace) -> Engine:
+    """What runs a model as the flags ask, warmed up to speculate."""
+    engine = Engine(model, args.compile, args.compile_prefill)
+    if args.compile or args.compile_prefill:
+        engine.warm_up(1, verify=True)
+    return engine
 
 
 def speculation(model: Transformer, name: str, args: Namespace) -> dict:
     """Decoding of a text with and without --draft, in turns."""
     model.setup_caches(1, min(model.args.block_size, args.gen + 64))  # what was there is noise
-    flags, tokenizer = speculation_flags(args)
-    draft = load_draft(model, tokenizer, flags) if flags.draft_checkpoint_path else None
-    speculator = start_engine(model, draft, flags)
+    tokenizer = Tokenizer.from_folder(args.checkpoint_path.parent)
+    if args.draft == "lookup":
+        draft = PromptLookup(model.args.vocab_size, args.device)
+    else:
+        drafting = load_draft(Path(args.draft), model, tokenizer, "bfloat16")
+        draft = DraftModel(start_engine(drafting, args), model.args.vocab_size)
+    speculator = Speculator(start_engine(model, args), draft, PROPOSED)
+    options = {"until": lambda row, token: token in tokenizer.eos_ids, "seeds": [0]}
     prompt, counts, histogram = tokenizer.encode(STORY), {}, [0] * (speculator.k + 1)
     timings = {"with": Timing(), "without": Timing()}
     for repetition in range(-1, args.runs):
         for key, engine in (("with", speculator), ("without", speculator.engine)):
             decode = speculate if isinstance(engine, Speculator) else generate
-            tokens = decode(engine, [prompt], GREEDY, args.gen + 1, tokenizer.eos_ids)
+            tokens = decode(engine, [prompt], GREEDY, args.gen + 1, **options)
             next(tokens)
             timing = timings[key] if repetition >= 0 else Timing()
             with timing.clock(args.device):
@@ -304,16 +173,6 @@ def speculation(model: Transformer, name: str, args: Namespace) -> dict:
 # Starting, in processes of their own
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory in use so far: the allocator's on CUDA, else this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, IndexError):  # ru_maxrss would begin at the parent's
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def start(text: str) -> None:
     """In a new process: load a case, make a first token, and print what that took as JSON."""
     words = json.loads(text)
@@ -321,22 +180,22 @@ def start(text: str) -> None:
     torch.set_num_threads(words["threads"])
     began = time.perf_counter()
     model = make(case, device, words["length"])
-    model.prepare()
+    model.pack_weights()
     synchronize(device)
     load_s = time.perf_counter() - began
     began = time.perf_counter()
     engine = Engine(model, words["compile"], words["compile_prefill"])
     if words["compile"] or words["compile_prefill"]:
         engine.warm_up(1)
-    next(generate(engine, [[1] * min(8, words["prompt"])], GREEDY, 1))
+    next(greedy(engine, [1] * min(8, words["prompt"]), 1))
     first_s = time.perf_counter() - began
-    next(generate(engine, [[1] * words["prompt"]], GREEDY, 1))  # for the peak
+    next(greedy(engine, [1] * words["prompt"], 1))  # for the peak
     print(json.dumps({"load_s": load_s, "first_s": first_s, "peak": peak_bytes(device)}))
 
 
 def start_twice(case: Case, args: Namespace, length: int) -> dict:
     """Start a case with an empty compile cache and once more; the row of the table of starts."""
-    quick = case if not case.made else dataclasses.replace(case, checkpoint=None)
+    quick = case if not case.made else dataclasses.replace(case, random=True)
     words = {"case": dataclasses.asdict(quick), "device": str(args.device), "length": length}
     words |= {key: getattr(args, key) for key in ("prompt", "compile", "compile_prefill")}
     words["threads"] = torch.get_num_threads()
@@ -511,7 +370,11 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add_checkpoint_flags(parser)
     add = parser.add_argument
-    add("--model", choices=PRESETS, help="random weights of this shape instead of a checkpoint")
+    add(
+        "--model",
+        choices=preset_names(),
+        help="random weights of this shape instead of a checkpoint",
+    )
     add("--schemes", type=several(MARKERS), help="default: all, or a quantized file as it is")
     add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="of int4 (default: 32)")
     add("--prompt", type=number(int, 1), default=512, help="tokens to prefill (default: 512)")
@@ -535,22 +398,21 @@ def find_cases(args: Namespace) -> list[Case]:
         raise UserError("--model makes random weights; leave it or --checkpoint_path out")
     if args.draft and not args.checkpoint_path:
         raise UserError("--draft needs weights that make sense; add --checkpoint_path")
-    if args.model:
-        shape, schemes, path = PRESETS[args.model], args.schemes or [*MARKERS], None
-    else:
+    schemes, source = args.schemes or [*MARKERS], {"preset": args.model, "random": True}
+    if not args.model:
         path = args.checkpoint_path = args.checkpoint_path or default_checkpoint()
-        model = Transformer.from_checkpoint(path, "meta")
-        shape, schemes, path = model.args, args.schemes or [*MARKERS], str(path.resolve())
+        source, model = {"checkpoint": str(path.resolve())}, load_model(path, "meta")
         if any(type(linear) is not Linear for linear in linears(model).values()):
             if args.schemes:
                 raise UserError(f"{path} is quantized and runs as it is; leave --schemes out")
             schemes = ["as stored"]
+    cases = [Case(scheme, args.groupsize, **source) for scheme in schemes]
+    context = cases[0].args.block_size
     for flag, longest in (("--depth", max(args.depth)), ("--prompt", args.prompt)):
-        if longest > shape.block_size:
-            limit = f"the model's context of {shape.block_size} positions"
+        if longest > context:
+            limit = f"the model's context of {context} positions"
             raise UserError(f"{flag} {longest} is beyond {limit}; lower it")
-    words = dataclasses.asdict(shape)
-    return [Case(scheme, words, args.groupsize, path) for scheme in schemes]
+    return cases
 
 
 def check_peers(cases: list[Case], args: Namespace) -> None:
@@ -559,8 +421,9 @@ def check_peers(cases: list[Case], args: Namespace) -> None:
         module, package = PEERS[peer]
         if importlib.util.find_spec(module) is None:
             raise UserError(f"--peers {peer} needs a package; install it by: pip install {package}")
-    shape = ModelArgs(**cases[0].shape)
-    if args.peers and (shape.biases or shape.qk_norm or cases[0].scheme == "as stored"):
+    shape = cases[0].args
+    special = shape.biases or shape.qk_norm or len(shape.kinds) > 1
+    if args.peers and (special or cases[0].scheme == "as stored"):
         raise UserError("peers run Llama shapes that are not quantized; leave --peers out")
     odd = {linear.in_features % 32 for linear in linears(skeleton(cases[0])).values()} - {0}
     if "llama.cpp" in args.peers and odd and {case.scheme for case in cases} & {"int8", "int4"}:
@@ -572,21 +435,13 @@ def cache_length(args: Namespace) -> int:
     return max(args.prompt, max(args.depth) + max(args.gen + 1, *VERIFIED))
 
 
-def probe(device: torch.device) -> tuple[float, bool | None]:
-    """The read bandwidth, and whether other processes took a part of it."""
-    timing = Timing()
-    with timing.clock(device):
-        bandwidth = read_bandwidth(device)
-    return bandwidth, timing.disturbed()
-
-
 def run_all(cases: list[Case], found: dict, args: Namespace) -> None:
     """Load the candidates, let them take turns, and add their rows to `found`."""
     length = cache_length(args)
     if not args.no_cold:
         found["start"] = [start_twice(case, args, length) for case in cases]
-    shape, generator = cases[0].shape, torch.Generator().manual_seed(0)
-    prompt = torch.randint(shape["vocab_size"], (args.prompt,), generator=generator).tolist()
+    size, generator = cases[0].args.vocab_size, torch.Generator().manual_seed(0)
+    prompt = torch.randint(size, (args.prompt,), generator=generator).tolist()
     table = loaders(cases, args, length)
     found["together"] = needed_bytes(cases, args, length) < free_bytes(args.device)
     timings: dict = defaultdict(lambda: defaultdict(Timing))
@@ -610,12 +465,11 @@ def main(args: Namespace) -> None:
     check_peers(cases, args)
     device = args.device = find_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    for case in cases[:1] if args.draft else []:  # known before hours of work are spent
-        model = skeleton(case)
+    if args.draft not in (None, "lookup"):  # known before hours of work are spent
+        model = skeleton(cases[0])
         model.setup_caches(1, 1)
-        flags, tokenizer = speculation_flags(args)
-        if flags.draft_checkpoint_path:
-            load_draft(model, tokenizer, flags)
+        tokenizer = Tokenizer.from_folder(args.checkpoint_path.parent)
+        load_draft(Path(args.draft), model, tokenizer, "bfloat16")
     before, disturbed = probe(device)
     rows = []
     for case in cases:

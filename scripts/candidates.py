@@ -20,9 +20,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import UserError
-from generate import Engine, Sampling, generate
-from linear import FEW_ROWS, Linear, linear_for
-from model import ModelArgs, Transformer
+from engine import Engine, Sampling, Token, generate, load_model
+from families import preset, read_config
+from linear import Linear, linear_for
+from model import LayerKind, ModelArgs, Transformer
 from quantize import check_groups, quantize
 from scripts.convert_gguf import GGUF_NAMES
 from scripts.convert_hf_checkpoint import HF_NAMES, parts
@@ -39,18 +40,24 @@ GREEDY = Sampling(temperature=0)
 class Case:
     """A model to measure, in words that another process understands.
 
-    Without `checkpoint` the weights are random; scheme "as stored" takes the file's own.
+    Its shape is that of a preset or of a checkpoint. With `random` the weights are random; scheme
+    "as stored" takes the file's own.
     """
 
     scheme: str
-    shape: dict  # of ModelArgs
     groupsize: int
-    checkpoint: str | None
+    preset: str | None = None
+    checkpoint: str | None = None
+    random: bool = False
+
+    @property
+    def args(self) -> ModelArgs:
+        return preset(self.preset) if self.preset else read_config(Path(self.checkpoint).parent)
 
     @property
     def made(self) -> bool:
         """Whether its weights are made here, not read as they are."""
-        return self.checkpoint is None or self.scheme not in ("bf16", "as stored")
+        return self.random or self.scheme not in ("bf16", "as stored")
 
 
 def linears(model: Transformer) -> dict[str, Linear]:
@@ -60,9 +67,9 @@ def linears(model: Transformer) -> dict[str, Linear]:
 def skeleton(case: Case) -> Transformer:
     """The model without values, on the meta device; `UserError` if groups do not fit."""
     if not case.made:
-        return Transformer.from_checkpoint(Path(case.checkpoint), "meta")
+        return load_model(Path(case.checkpoint), "meta")
     with torch.device("meta"):
-        model = Transformer(ModelArgs(**case.shape))
+        model = Transformer(case.args)
     layers = linears(model)
     check_groups(layers, dict.fromkeys(layers, case.scheme), case.groupsize)
     for name, linear in layers.items():
@@ -121,12 +128,12 @@ def quantized(source: Transformer, model: Transformer, case: Case) -> Transforme
 def make(case: Case, device: torch.device, length: int) -> Transformer:
     """The model, with a cache of `length` positions full of random keys and values."""
     if not case.made:
-        model = Transformer.from_checkpoint(Path(case.checkpoint), device)
-    elif case.checkpoint:
-        source = Transformer.from_checkpoint(Path(case.checkpoint), device)
-        model = quantized(source, skeleton(case), case)
-    else:
+        model = load_model(Path(case.checkpoint), device)
+    elif case.random:
         model = fill(skeleton(case), device)
+    else:
+        source = load_model(Path(case.checkpoint), device)
+        model = quantized(source, skeleton(case), case)
     model.setup_caches(1, length)
     for layer in model.layers:
         for cache in layer.attention.kv_cache.buffers():
@@ -138,48 +145,60 @@ def make(case: Case, device: torch.device, length: int) -> Transformer:
 # What runs them, and other programs
 
 
+def greedy(engine: Engine, prompt: list[int], n: int, start: int = 0) -> Iterator[list[Token]]:
+    """The n likeliest tokens after a prompt, whatever they are."""
+    options = {"until": lambda row, token: False, "seeds": [0]}
+    return generate(engine, [prompt], GREEDY, n, start=start, **options)
+
+
 class Ours:
     """A model of this repository in one scheme."""
 
     def __init__(self, model: Transformer, args: Namespace):
         self.model, self.bytes_per_step, self.kv_steps = model, model.bytes_per_step, model.kv_steps
-        self.engine = Engine(model, args.compile, args.compile_prefill, FEW_ROWS)
+        self.engine = Engine(model, args.compile, args.compile_prefill)
         if args.compile or args.compile_prefill:
-            self.engine.warm_up(1)
+            self.engine.warm_up(1, verify=True)
 
     def hold(self, start: int) -> None:
         """Let the cache hold `start` positions: whatever is there will do."""
 
     def forward(self, ids: list[int], start: int) -> list[int]:
         """The likeliest token after each of `ids`, which stand at `start` and behind."""
-        idx = torch.tensor([ids], device=self.model.freqs_cis.device)
+        idx = torch.tensor([ids], device=self.model.device)
         input_pos = torch.arange(start, start + len(ids), device=idx.device)[None]
-        logits = self.engine.step(idx, input_pos, self.model.kv_steps(start + len(ids)))
-        return logits[0].argmax(-1).tolist()
+        output = self.engine.decode(idx, input_pos, self.model.kv_steps(start + len(ids)))
+        return output.logits[0].argmax(-1).tolist()
 
     def tokens(self, prompt: list[int], n: int, start: int) -> Iterator:
-        return generate(self.engine, [prompt], GREEDY, n, start=start)
+        return greedy(self.engine, prompt, n, start)
 
 
 class Peer:
     """What other libraries have in common; bytes are those of their own tensors.
 
-    Of rope scaling they are told nothing: it changes the text, not the speed.
+    They know models with one kind of layer. Of rope scaling they are told nothing: it changes the
+    text, not the speed.
     """
 
     shape: ModelArgs
     weight_bytes: int
 
+    @property
+    def kind(self) -> LayerKind:
+        (kind,) = self.shape.kinds
+        return kind
+
     def kv_steps(self, length: int) -> int:
         return length
 
     def bytes_per_step(self, kv_len: float) -> float:
-        shape = self.shape
-        per_position = 4 * shape.n_layer * shape.n_local_heads * shape.head_dim  # 2 bytes a value
+        values = 2 * self.kind.n_local_heads * self.kind.head_dim  # of keys and values
+        per_position = 2 * self.shape.n_layer * values  # 2 bytes each
         return self.weight_bytes + per_position * kv_len
 
     def tokens(self, prompt: list[int], n: int, start: int) -> Iterator[int]:
-        """The loop of `generate.generate`, for one row."""
+        """The loop of `engine.generate`, for one row."""
         self.hold(start)
         ids = prompt[start:]
         for _ in range(n):
@@ -188,24 +207,29 @@ class Peer:
             start, ids = start + len(ids), [token]
 
 
+def rope_base(kind: LayerKind) -> float:
+    """The base of which the frequencies of an unscaled rotation are powers."""
+    return kind.rope[1] ** (-kind.head_dim / 2)
+
+
 def write_gguf(path: Path, model: Transformer, kind: str) -> int:
     """Write the weights of a model for llama.cpp, in its type `kind`; the bytes a token reads."""
     import gguf
     import numpy as np
 
-    shape, types = model.args, gguf.GGMLQuantizationType
+    shape, (layer,), types = model.args, model.args.kinds, gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(shape.block_size)
     writer.add_embedding_length(shape.dim)
     writer.add_block_count(shape.n_layer)
     writer.add_feed_forward_length(shape.intermediate_size)
-    writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_local_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_head_count(layer.n_head)
+    writer.add_head_count_kv(layer.n_local_heads)
+    writer.add_key_length(layer.head_dim)
+    writer.add_value_length(layer.head_dim)
+    writer.add_rope_dimension_count(layer.head_dim)
     writer.add_layer_norm_rms_eps(shape.norm_eps)
-    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_rope_freq_base(rope_base(layer))
     writer.add_vocab_size(shape.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     total = 0
@@ -295,18 +319,18 @@ class HuggingFace(Peer):
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         self.shape, self.device = source.args, device
-        shape = self.shape
+        shape, kind = self.shape, self.kind
         config = LlamaConfig(
             hidden_size=shape.dim,
             num_hidden_layers=shape.n_layer,
-            num_attention_heads=shape.n_head,
-            num_key_value_heads=shape.n_local_heads,
-            head_dim=shape.head_dim,
+            num_attention_heads=kind.n_head,
+            num_key_value_heads=kind.n_local_heads,
+            head_dim=kind.head_dim,
             intermediate_size=shape.intermediate_size,
             vocab_size=shape.vocab_size,
             max_position_embeddings=shape.block_size,
             rms_norm_eps=shape.norm_eps,
-            rope_theta=shape.rope_base,
+            rope_theta=rope_base(kind),
             tie_word_embeddings=shape.tied,
         )
         with torch.device("meta"):
@@ -317,7 +341,7 @@ class HuggingFace(Peer):
         for name, part in parts(shape, HF_NAMES).items():
             rows = source.get_parameter(part.name)[part.start : part.start + part.shape[0]]
             if part.halves:  # neighbours become halves of a head
-                heads = rows.unflatten(0, (-1, shape.head_dim // 2, 2))
+                heads = rows.unflatten(0, (-1, part.halves, 2))
                 rows = heads.transpose(1, 2).flatten(0, 2)
             state[name].copy_(rows)
         sizes = {name: tensor.nbytes for name, tensor in self.model.named_parameters()}
@@ -329,7 +353,7 @@ class HuggingFace(Peer):
         from transformers import DynamicCache
 
         self.cache = DynamicCache(config=self.model.config)
-        shape = (1, self.shape.n_local_heads, start, self.shape.head_dim)
+        shape = (1, self.kind.n_local_heads, start, self.kind.head_dim)
         for layer in range(self.shape.n_layer if start else 0):
             keys = torch.randn(shape, dtype=torch.bfloat16, device=self.device)
             self.cache.update(keys, keys.clone(), layer)

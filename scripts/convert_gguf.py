@@ -8,6 +8,7 @@ configuration said; the files written here say it in the published format.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import struct
@@ -33,8 +34,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, replacing, run
-from model import ModelArgs
-from scripts.convert_hf_checkpoint import PRECISIONS, assemble, check_names, parts, save_state
+from families import AGAIN, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, Keys, from_config
+from scripts.convert_hf_checkpoint import PRECISIONS, assemble, check_tensors, parts, save_state
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral models call themselves llama
 
@@ -61,15 +62,46 @@ GGUF_NAMES = {
 # The file
 
 
-class Metadata(dict):
-    """The key-value pairs of a GGUF file; a missing one is a `UserError`."""
+class Metadata(Keys):
+    """The key-value pairs of a GGUF file; a missing or wrong one is a `UserError`."""
 
     def __init__(self, path: Path, reader: GGUFReader):
-        super().__init__({name: field.contents() for name, field in reader.fields.items()})
-        self.path = path
+        values = {name: field.contents() for name, field in reader.fields.items()}
+        super().__init__(values, str(path))
 
-    def __missing__(self, key: str):
-        raise UserError(f"{self.path} has no {key} in its metadata; convert another file")
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.get(key, default)
+        if type(value) is not str:
+            raise self.refusal(key, "not a text")
+        return value
+
+    def items(self, key: str, kind: type, length: int | None = None) -> list:
+        """A list of values of one type, of this length."""
+        value = self.get(key)
+        if type(value) is not list or not all(type(item) is kind for item in value):
+            raise self.refusal(key, f"not a list of {kind.__name__}")
+        if length not in (None, len(value)):
+            raise self.refusal(key, f"which has {len(value)} items, not {length}")
+        return value
+
+    @functools.cached_property
+    def tokens(self) -> list[str]:
+        tokens = self.items("tokenizer.ggml.tokens", str)
+        if not tokens:
+            raise self.refusal("tokenizer.ggml.tokens", "an empty list")
+        return tokens
+
+    @functools.cached_property
+    def token_types(self) -> list[int]:
+        return self.items("tokenizer.ggml.token_type", int, len(self.tokens))
+
+    def token_id(self, role: str) -> int | None:
+        """The id of the token with a role such as eos, if the file names one."""
+        key = f"tokenizer.ggml.{role}_token_id"
+        value = self.values.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
+            raise self.refusal(key, f"not the id of one of {len(self.tokens)} tokens")
+        return value
 
 
 def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
@@ -83,11 +115,15 @@ def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
         raise UserError(f"{path} is not a whole GGUF file ({error}); download it again") from None
     if reader.byte_order != "I":
         raise UserError(f"{path} was made for a machine of the other byte order; convert another")
-    if meta.get("split.count", 1) > 1 or re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name):
+    if meta.get("split.count", 1) not in (0, 1) or re.search(
+        r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name
+    ):
         raise UserError(f"{path} is one part of a model; join them by llama-gguf-split --merge")
-    if meta["general.architecture"] not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{path} is a {meta['general.architecture']} model; use one of {known}")
+    if (arch := meta.text("general.architecture")) not in ARCHITECTURES:
+        raise UserError(f"{path} is a {arch} model; use one of {', '.join(ARCHITECTURES)}")
+    for tensor in reader.tensors:
+        if 0 in tensor.shape:
+            raise UserError(f"{path}: {tensor.name} has no values; download the file again")
     return reader, meta
 
 
@@ -126,7 +162,8 @@ def llama3_scaling(factors: Tensor, rope_theta: float) -> dict:
     exponents = torch.arange(len(factors)) / len(factors)
     turns = 8192 / (2 * torch.pi * rope_theta**exponents)  # in the context of the first training
     keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
-    if not torch.allclose(factors, 1 / (keep + (1 - keep) / factor), rtol=1e-3):
+    plain = factors.ndim == 1 and factors.is_floating_point()
+    if not plain or not torch.allclose(factors, 1 / (keep + (1 - keep) / factor), rtol=1e-3):
         raise UserError("its rope_freqs.weight is not the scaling of Llama 3; use another model")
     return {
         "rope_type": "llama3",
@@ -142,21 +179,20 @@ def rope_scaling(meta: Metadata, reader: GGUFReader, rope_theta: float) -> dict 
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight" and tensor.data.max() != 1:
             return llama3_scaling(torch.from_numpy(np.array(tensor.data)), rope_theta)
-    rope = f"{meta['general.architecture']}.rope"
-    factor = meta.get(f"{rope}.scaling.factor") or meta.get(f"{rope}.scale_linear") or 1.0
-    kind = meta.get(f"{rope}.scaling.type", "linear")
+    rope = f"{meta.text('general.architecture')}.rope"
+    factor = meta.number(f"{rope}.scaling.factor", meta.number(f"{rope}.scale_linear", 1.0))
+    kind = meta.text(f"{rope}.scaling.type", "linear")
     return None if kind == "none" or factor == 1 else {"rope_type": kind, "factor": factor}
 
 
 def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict:
     """The published `config.json` of the model; `UserError` on what it could not express."""
-    arch = meta["general.architecture"]
+    arch = meta.text("general.architecture")
     shapes = {tensor.name: tensor.shape.tolist()[::-1] for tensor in reader.tensors}
-    dim, heads = meta[f"{arch}.embedding_length"], meta[f"{arch}.attention.head_count"]
-    kv_heads = meta.get(f"{arch}.attention.head_count_kv", heads)
-    if isinstance(heads, list) or isinstance(kv_heads, list):
-        raise UserError(f"{meta.path} has other head counts in each layer; use another model")
-    head_dim = meta.get(f"{arch}.attention.key_length", dim // heads)
+    dim = meta.count(f"{arch}.embedding_length")
+    heads = meta.count(f"{arch}.attention.head_count", MAX_HEADS)
+    kv_heads = meta.count(f"{arch}.attention.head_count_kv", MAX_HEADS, heads)
+    head_dim = meta.count(f"{arch}.attention.key_length", MAX_HEAD_DIM, max(1, dim // heads))
     for key, known in (
         ("expert_count", 0),
         ("attention.value_length", head_dim),
@@ -164,26 +200,26 @@ def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict
     ):
         value = meta.get(f"{arch}.{key}", known)
         if value != known:
-            raise UserError(f"{meta.path}: {key} {value} is not supported, only {known}")
-    rope_theta = shortest(meta.get(f"{arch}.rope.freq_base", 10000.0))
+            raise UserError(f"{meta.where}: {key} {value} is not supported, only {known}")
+    rope_theta = shortest(meta.number(f"{arch}.rope.freq_base", 10000.0))
     return {
         "model_type": arch,
         "hidden_size": dim,
-        "num_hidden_layers": meta[f"{arch}.block_count"],
+        "num_hidden_layers": meta.count(f"{arch}.block_count", MAX_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "intermediate_size": meta[f"{arch}.feed_forward_length"],
+        "intermediate_size": meta.count(f"{arch}.feed_forward_length"),
         "vocab_size": shapes.get("token_embd.weight", [0])[0],
-        "max_position_embeddings": meta[f"{arch}.context_length"],
-        "rms_norm_eps": shortest(meta[f"{arch}.attention.layer_norm_rms_epsilon"]),
+        "max_position_embeddings": meta.count(f"{arch}.context_length"),
+        "rms_norm_eps": shortest(meta.number(f"{arch}.attention.layer_norm_rms_epsilon")),
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling(meta, reader, rope_theta),
         "tie_word_embeddings": "output.weight" not in shapes,
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": meta.token_id("bos"),
+        "eos_token_id": meta.token_id("eos"),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -223,27 +259,29 @@ def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
 
 def adds_bos(meta: Metadata) -> bool:
     """Whether a text starts with BOS; where a file does not say, llama.cpp decides like this."""
-    sentencepiece = meta["tokenizer.ggml.model"] == "llama"
-    default = sentencepiece or meta.get("tokenizer.ggml.pre") in LLAMA3_PRE
-    return meta.get("tokenizer.ggml.add_bos_token", default)
+    sentencepiece = meta.text("tokenizer.ggml.model") == "llama"
+    default = sentencepiece or meta.text("tokenizer.ggml.pre", "default") in LLAMA3_PRE
+    return meta.flag("tokenizer.ggml.add_bos_token", default)
 
 
 def byte_level_tokenizer(meta: Metadata) -> bytes:
     """The `tokenizer.json` of a byte-level BPE vocabulary."""
-    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    pre = meta.get("tokenizer.ggml.pre", "default")
+    tokens, pre = meta.tokens, meta.text("tokenizer.ggml.pre", "default")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in meta.items("tokenizer.ggml.merges", str)]
+    if odd := [merge for merge in merges if len(merge) != 2]:
+        raise UserError(f"{meta.where}: merge {odd[0][0]!r:.60} has no space; {AGAIN}")
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in LLAMA3_PRE))
     except Exception as error:  # the library has no exception of its own
-        raise UserError(f"{meta.path} has merges that do not fit its tokens ({error})") from None
+        raise UserError(f"{meta.where} has merges that do not fit its tokens ({error})") from None
     if pre in QWEN2_PRE:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     if adds_bos(meta):
-        bos = meta["tokenizer.ggml.bos_token_id"]
+        if (bos := meta.token_id("bos")) is None:
+            raise UserError(f"{meta.where} lacks tokenizer.ggml.bos_token_id; {AGAIN}")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=["<bos>", "$A"],
             pair=["<bos>", "$A", "$B"],
@@ -252,7 +290,7 @@ def byte_level_tokenizer(meta: Metadata) -> bytes:
     tokenizer.add_tokens(
         [
             AddedToken(token, special=kind == CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
+            for token, kind in zip(tokens, meta.token_types, strict=True)
             if kind in (CONTROL, USER_DEFINED)
         ]
     )
@@ -289,9 +327,9 @@ def sentencepiece_model(meta: Metadata) -> bytes:
     The field numbers are those of sentencepiece_model.proto in
     https://github.com/google/sentencepiece.
     """
-    tokens, types = meta["tokenizer.ggml.tokens"], list(meta["tokenizer.ggml.token_type"])
-    scores = meta["tokenizer.ggml.scores"]
-    unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
+    tokens, types = meta.tokens, [*meta.token_types]
+    scores = meta.items("tokenizer.ggml.scores", float, len(tokens))
+    unknown = meta.token_id("unknown") or 0
     types[unknown] = UNKNOWN  # SentencePiece insists on one
     pieces = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
@@ -301,36 +339,33 @@ def sentencepiece_model(meta: Metadata) -> bytes:
     # 3: byte-pair merges by score, 35: characters that are no token become bytes
     trainer = [(3, 2), (4, len(tokens)), (35, 1), (40, unknown), (45, tokens[unknown])]
     for number, role in ((41, "bos"), (42, "eos"), (43, "padding")):
-        token_id = meta.get(f"tokenizer.ggml.{role}_token_id", -1)
-        trainer += [(number, token_id)]
-        if token_id >= 0:
+        token_id = meta.token_id(role)
+        trainer += [(number, -1 if token_id is None else token_id)]
+        if token_id is not None:
             trainer += [(number + 5, tokens[token_id])]
-    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = meta.flag("tokenizer.ggml.add_space_prefix", True)
     normalizer = [(1, "identity"), (3, int(prefix)), (4, 0), (5, 1)]
     return protobuf(*pieces, (2, protobuf(*trainer)), (3, protobuf(*normalizer)))
 
 
 def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
     """Everything about tokens that is published with a model, by file name."""
-    kind = meta["tokenizer.ggml.model"]
+    kind = meta.text("tokenizer.ggml.model")
     makers = {
         "gpt2": ("tokenizer.json", byte_level_tokenizer, "PreTrainedTokenizerFast"),
         "llama": ("tokenizer.model", sentencepiece_model, "LlamaTokenizer"),
     }
     if kind not in makers:
-        raise UserError(f"{meta.path} has a {kind!r} tokenizer; only gpt2 and llama are known")
+        raise UserError(f"{meta.where} has a {kind!r} tokenizer; only gpt2 and llama are known")
     name, make, tokenizer_class = makers[kind]
-    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    ids = {
-        role: meta[f"tokenizer.ggml.{role}_token_id"]
-        for role in ("bos", "eos", "eot", "eom")  # eot ends a turn, eom a call of a tool
-        if f"tokenizer.ggml.{role}_token_id" in meta
-    }
+    tokens, types = meta.tokens, meta.token_types
+    roles = ("bos", "eos", "eot", "eom")  # eot ends a turn, eom a call of a tool
+    ids = {role: i for role in roles if (i := meta.token_id(role)) is not None}
     stops = [ids[role] for role in ("eos", "eot", "eom") if role in ids]
     config = {
         "tokenizer_class": tokenizer_class,
         "add_bos_token": adds_bos(meta),
-        "add_eos_token": meta.get("tokenizer.ggml.add_eos_token", False),
+        "add_eos_token": meta.flag("tokenizer.ggml.add_eos_token"),
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
             str(i): {"content": token, "special": kind == CONTROL}
@@ -339,8 +374,8 @@ def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
         },
     }
     config |= {f"{role}_token": tokens[ids[role]] for role in ("bos", "eos") if role in ids}
-    if "tokenizer.chat_template" in meta:
-        config["chat_template"] = meta["tokenizer.chat_template"]
+    if meta.has("tokenizer.chat_template"):
+        config["chat_template"] = meta.text("tokenizer.chat_template")
     generation = {"eos_token_id": list(dict.fromkeys(stops))}
     if "bos" in ids:
         generation["bos_token_id"] = ids["bos"]
@@ -360,15 +395,16 @@ def convert(gguf_path: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     reader, meta = open_gguf(gguf_path)
     config = build_config(meta, reader, dtype)
     try:
-        args = ModelArgs.from_config(config)
+        args = from_config(config)
     except UserError as error:
         raise UserError(f"{gguf_path}, as {error}") from None
     # llama.cpp has interleaved the heads of a llama already, and left those of a qwen as they were.
-    table = parts(args, GGUF_NAMES, halves=config["model_type"] != "llama")
-    names = {tensor.name for tensor in reader.tensors} - {"rope_freqs.weight"}
-    check_names(gguf_path, names, table)
+    table = parts(args, GGUF_NAMES, interleave=config["model_type"] != "llama")
+    shapes = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors}
+    shapes.pop("rope_freqs.weight", None)
+    check_tensors(gguf_path, shapes, table)
     files = {"config.json": config} | tokenizer_files(meta)
-    state = assemble(args, table, read_tensors(gguf_path, reader, dtype), dtype)
+    state = assemble(table, read_tensors(gguf_path, reader, dtype), dtype)
     with replacing(folder / "model.pth") as model:
         save_state(state, model)
         for name, content in files.items():

@@ -24,7 +24,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, read_json, replacing, run
-from model import ModelArgs
+from families import from_config
+from model import LayerKind, ModelArgs, check_finite
 
 PRECISIONS = ("bfloat16", "float16", "float32")
 
@@ -58,13 +59,14 @@ class Part:
     name: str
     shape: tuple[int, ...]
     start: int = 0
-    halves: bool = False  # its heads lie in halves, to be interleaved
+    halves: int = 0  # of so many rows each its heads consist, to be interleaved
 
 
-def layer_parts(args: ModelArgs, halves: bool) -> dict[str, Part]:
-    """The weights of one layer, by the keys of `HF_NAMES`."""
+def layer_parts(args: ModelArgs, kind: LayerKind, interleave: bool) -> dict[str, Part]:
+    """The weights of a layer of this kind, by the keys of `HF_NAMES`."""
     dim, ffn = args.dim, args.intermediate_size
-    q, kv = args.n_head * args.head_dim, args.n_local_heads * args.head_dim
+    q, kv = kind.n_head * kind.head_dim, kind.n_local_heads * kind.head_dim
+    halves = kind.head_dim // 2 if interleave else 0
     table = {
         "wq": Part("attention.wqkv", (q, dim), 0, halves),
         "wk": Part("attention.wqkv", (kv, dim), q, halves),
@@ -78,14 +80,14 @@ def layer_parts(args: ModelArgs, halves: bool) -> dict[str, Part]:
     }
     if args.qk_norm:
         for name in ("q_norm", "k_norm"):
-            table[name] = Part(f"attention.{name}", (args.head_dim,), 0, halves)
+            table[name] = Part(f"attention.{name}", (kind.head_dim,), 0, halves)
     return table
 
 
-def parts(args: ModelArgs, names: dict[str, str], halves: bool = True) -> dict[str, Part]:
+def parts(args: ModelArgs, names: dict[str, str], interleave: bool = True) -> dict[str, Part]:
     """Every tensor that a checkpoint with these `names` must hold, and where it goes.
 
-    `halves` says that the heads of q and k lie in Hugging Face's order.
+    `interleave` says that the heads of q and k lie in Hugging Face's order.
     """
     table = {
         names["tok_embeddings"]: Part("tok_embeddings", (args.vocab_size, args.dim)),
@@ -93,8 +95,8 @@ def parts(args: ModelArgs, names: dict[str, str], halves: bool = True) -> dict[s
     }
     if not args.tied:
         table[names["output"]] = Part("output", (args.vocab_size, args.dim))
-    for i in range(args.n_layer):
-        for key, part in layer_parts(args, halves).items():
+    for i, kind in enumerate(args.layers):
+        for key, part in layer_parts(args, args.kinds[kind], interleave).items():
             source = names["layer"].format(i) + names[key]
             table[source] = dataclasses.replace(part, name=f"layers.{i}.{part.name}")
     result = {}
@@ -106,19 +108,28 @@ def parts(args: ModelArgs, names: dict[str, str], halves: bool = True) -> dict[s
     return result
 
 
-def check_names(where: Path, found: set[str], table: dict[str, Part]) -> None:
-    """Raise a `UserError` unless exactly the tensors of `table` are there."""
-    for tensors, verb in ((table.keys() - found, "lacks"), (found - table.keys(), "also holds")):
+def check_tensors(where: Path, found: dict[str, tuple[int, ...]], table: dict[str, Part]) -> None:
+    """Raise a `UserError` unless exactly the tensors of `table` are there, in the shapes it has.
+
+    Known before memory is asked for, so a configuration cannot ask for more than the files hold.
+    """
+    names = found.keys()
+    for tensors, verb in ((table.keys() - names, "lacks"), (names - table.keys(), "also holds")):
         if tensors:
             more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
             raise UserError(
                 f"{where} {verb} {min(tensors)}{more}, unlike the model that its configuration "
                 "describes; fetch the files again, or use another model"
             )
+    for name, part in table.items():
+        if found[name] != part.shape:
+            raise UserError(
+                f"{where}: {name} is {[*found[name]]}, and the configuration asks for "
+                f"{[*part.shape]}; fetch the files again"
+            )
 
 
 def assemble(
-    args: ModelArgs,
     table: dict[str, Part],
     tensors: Iterable[tuple[Path, str, Tensor]],
     dtype: torch.dtype,
@@ -133,14 +144,13 @@ def assemble(
     state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     for file, name, tensor in tqdm(tensors, "converting", len(table), unit="tensor"):
         part = table[name]
-        if tuple(tensor.shape) != part.shape or not tensor.is_floating_point():
-            raise UserError(
-                f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, and the configuration "
-                f"asks for floats {list(part.shape)}; fetch the files again"
-            )
+        if not tensor.is_floating_point():
+            raise UserError(f"{file}: {name} is {tensor.dtype}, no floats; fetch the files again")
         if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...] -> [H*D, ...]
-            tensor = tensor.unflatten(0, (-1, 2, args.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        state[part.name][part.start : part.start + part.shape[0]] = tensor
+            tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2).flatten(0, 2)
+        rows = state[part.name][part.start : part.start + part.shape[0]]
+        rows.copy_(tensor)
+        check_finite(file, name, rows)
     return state
 
 
@@ -168,8 +178,14 @@ def find_shards(folder: Path) -> list[Path]:
         index = folder / f"{single}.index.json"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{index} has no weight_map; fetch the file again")
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+                    raise UserError(
+                        f"{index}: weight_map has {file!r:.60} for {name}, no name of a file "
+                        "beside it; fetch the file again"
+                    )
             shards = sorted({folder / file for file in weight_map.values()})
             for shard in shards:
                 if not shard.exists():
@@ -183,15 +199,16 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def open_shard(file: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
-    """Map a file into memory; yield the names in it and a function from a name to its tensor."""
+def open_shard(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Tensor]]]:
+    """Map a file; yield the shapes in it by name, and a function from a name to its tensor."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as shard:
-                yield list(shard.keys()), shard.get_tensor
+                shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}
+                yield {name: tuple(shape) for name, shape in shapes.items()}, shard.get_tensor
         else:
             shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            yield list(shard.keys()), shard.__getitem__
+            yield {name: tuple(t.shape) for name, t in shard.items()}, shard.__getitem__
     except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{file} is not whole ({reason}); download it again") from None
@@ -202,8 +219,8 @@ def open_shard(file: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]
 def read_tensors(shards: list[Path], wanted: dict[str, Part]) -> Iterator[tuple[Path, str, Tensor]]:
     """Yield `(file, name, tensor)` of the `wanted` tensors."""
     for file in shards:
-        with open_shard(file) as (names, _):
-            names = [name for name in names if name in wanted]
+        with open_shard(file) as (shapes, _):
+            names = [name for name in shapes if name in wanted]
         for name in names:
             # A file is mapped anew for every tensor: what has been read of a mapping counts as
             # memory until the mapping goes, and a file may hold the whole model.
@@ -218,21 +235,21 @@ def convert(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; make one with scripts/download.py")
     config = read_json(folder / "config.json")
-    args = ModelArgs.from_config(config)
+    args = from_config(config)
     if "quantization_config" in config:
         raise UserError(f"the weights in {folder} are quantized; download the original model")
     table = parts(args, HF_NAMES)
     shards = find_shards(folder)
-    found = set()
+    found = {}
     for file in shards:
-        with open_shard(file) as (names, _):
-            found.update(names)
+        with open_shard(file) as (shapes, _):
+            found |= shapes
     # Old checkpoints carry the rotary table, and some tied ones the embedding twice.
-    found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
+    found = {name: found[name] for name in found if not name.endswith("rotary_emb.inv_freq")}
     if args.tied:
-        found.discard("lm_head.weight")
-    check_names(folder, found, table)
-    state = assemble(args, table, read_tensors(shards, table), dtype)
+        found.pop("lm_head.weight", None)
+    check_tensors(folder, found, table)
+    state = assemble(table, read_tensors(shards, table), dtype)
     with replacing(folder / "model.pth") as temporary:
         save_state(state, temporary)
     return folder / "model.pth"

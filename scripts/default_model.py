@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, run
-from generate import DEFAULT_CHECKPOINT
+from engine import DEFAULT_CHECKPOINT
 from scripts import convert_gguf
 
 FOLDER = DEFAULT_CHECKPOINT.parent

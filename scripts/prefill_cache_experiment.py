@@ -20,8 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
-from generate import Engine, Sampling, default_checkpoint, generate, load, synchronize
-from model import find_device
+from engine import Engine, Sampling, default_checkpoint, find_device, generate, load, synchronize
 from prefill_cache import PrefillCache
 from tokenizer import Tokenizer
 
@@ -42,12 +41,13 @@ COLUMNS = (
 
 def timed(engine: Engine, prompt: list[int], count: int) -> tuple[list[int], dict[str, float]]:
     """Greedy text after a prompt and its figures: seconds, and decoded tokens a second."""
-    device, tokens = engine.model.freqs_cis.device, []
+    device, tokens = engine.model.device, []
     synchronize(device)
     times = [time.perf_counter()]
-    for (token,) in generate(engine, [prompt], Sampling(temperature=0), count):
+    options = {"until": lambda row, token: False, "seeds": [0]}
+    for (token,) in generate(engine, [prompt], Sampling(temperature=0), count, **options):
         times.append(time.perf_counter())
-        tokens.append(token)
+        tokens.append(token.id)
     figures = {"first": times[1] - times[0], "all": times[-1] - times[0]}
     return tokens, figures | {"speed": (len(tokens) - 1) / (times[-1] - times[1])}
 
@@ -59,14 +59,14 @@ def stored(
     model, seconds = engine.model, {}
     cache = PrefillCache(BYTES, folder)
     cache.remember(context, model, engine.prefill)
-    synchronize(model.freqs_cis.device)
+    synchronize(model.device)
     for name, action in (
         ("store", lambda: cache.store(context, model)),
         ("load", lambda: PrefillCache(BYTES, folder).lookup(context, model, 0).load_into(model)),
     ):
         began = time.perf_counter()
         action()
-        synchronize(model.freqs_cis.device)
+        synchronize(model.device)
         seconds[name] = time.perf_counter() - began
     cache.folder = None  # the runs measure one way of loading at a time
     return cache, seconds
