@@ -414,9 +414,9 @@ def fingerprint(model: Transformer) -> str:
     """What tells this model's keys and values from any other's: 16 digits and the rank of ranks.
 
     A hash of the configuration, the shape and dtype of a cached position, the kind of device, the
-    version of torch, kernels or not (which decide how sums are rounded) and, of every tensor, its name, shape, dtype
-    and 64 evenly spread values. So a 140 GB file need not be read, and an edit that leaves all
-    those values as they were is not noticed.
+    version of torch and whether kernels run (they decide how sums are rounded) and, of every
+    tensor, its name, shape, dtype and 64 evenly spread values. So a 140 GB file need not be read,
+    and an edit that leaves all those values as they were is not noticed.
     """
     cache = model.layers[0].attention.kv_cache
     slots, kernels = cache.k_cache, cache.has_kernels

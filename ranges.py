@@ -125,10 +125,10 @@ def wrapped_steps(engine: Engine) -> Iterator[tuple[str, Callable]]:
 def traced(engine: Engine) -> Iterator[None]:
     """Have a profile of this Engine say what belongs to what.
 
-    Compiled code is left as it was compiled: ranges
-    put into it would compile it anew. So those inside a step exist only while a step runs that is
-    not compiled, and with one compiled block those outside of the blocks. A model that is one
-    kernel runs by its modules meanwhile, as nothing shows inside a kernel.
+    Compiled code is left as it was compiled: ranges put into it would compile it anew. So those
+    inside a step exist only while a step runs that is not compiled, and with one compiled block
+    those outside of the blocks. A model that is one kernel runs by its modules meanwhile, as
+    nothing shows inside a kernel.
     """
     before, namespace = (engine.prefill_step, engine.decode_step), generate.__globals__
     sampling = (namespace, "sample", namespace["sample"], title("Sampling", name="sample"))

@@ -118,7 +118,7 @@ def watch_heartbeats(shard: Shard) -> None:
 
     torchrun ends what it has started itself when a rank dies. This is for ranks on other machines,
     for those that hang, and for NCCL, which may spin where gloo sees a closed connection. When the
-    one that keeps the store hangs, `beat` does, and all fall silent.
+    one that keeps the store hangs, `send_heartbeats` does, and all fall silent.
     """
     while not shard.done.wait(BEAT):
         silent = [time.monotonic() - heard > SILENCE for heard in shard.heard]
