@@ -1,7 +1,13 @@
-"""The kernels for CPUs agree with floats, and a row has the same bits beside any others."""
+"""The kernels for CPUs agree with floats, and a row has the same bits beside any others.
 
+On a CPU without their instructions they run in portable C++ (tests/emulated): the same source, the
+same arithmetic, slowly.
+"""
+
+import hashlib
 import itertools
 import os
+import platform
 import subprocess
 import sys
 
@@ -12,23 +18,37 @@ from torch._dynamo.utils import counters
 
 import kernels
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
-from generate import Engine
+from engine import Engine
 from linear import Int4Linear, Linear, linear_for
-from model import Transformer, TransformerBlock
+from model import Transformer
 from quantize import quantize
 
 SCHEMES = ["bf16", "int8", "int8-activation", "int4"]
 SHAPES = [(32, 1), (96, 48), (64, 50), (160, 33), (576, 96), (1536, 31), (2048, 64)]
 ROWS = (*range(1, 10), 11, 12, 13, 24, 25, 31, 32, 33, 48, 100)
 BOUND = 3e-3  # of the norm: that y is rounded to bf16 makes half of it
-needs_kernels = pytest.mark.skipif(
-    not kernels.supported(), reason="needs the bf16 instructions of AVX-512"
+NATIVE = kernels.supported()
+HEADER = ROOT / "tests" / "emulated" / "immintrin.h"
+native = pytest.mark.skipif(not NATIVE, reason="needs the bf16 instructions of AVX-512")
+pytestmark = pytest.mark.skipif(
+    not NATIVE and platform.machine() != "x86_64", reason="the emulation needs AVX2"
 )
 
 
 @pytest.fixture(autouse=True, scope="module")
 def loaded():
-    kernels.load()
+    """The kernels; emulated where the CPU lacks the instructions."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not NATIVE:
+            version = hashlib.sha256(HEADER.read_bytes()).hexdigest()[:16]
+            flags = f"-std=c++20 -O1 -fopenmp -mavx2 -mfma -DUNROLL= -DHEADER=0x{version}"
+            patch.setattr(kernels, "FLAGS", f"{flags} -I{HEADER.parent}")
+            patch.setattr(kernels, "supported", lambda: True)
+            kernels.load.cache_clear()
+        assert kernels.load()
+        yield
+    if not NATIVE:
+        kernels.load.cache_clear()
 
 
 def make_linear(scheme: str, width: int, height: int) -> tuple[Linear, torch.Tensor]:
@@ -49,41 +69,35 @@ def make_linear(scheme: str, width: int, height: int) -> tuple[Linear, torch.Ten
     return linear, linear.weight.float() * scales.float().unsqueeze(-1)
 
 
-def test_where_the_cpu_has_the_instructions_the_kernels_are_there():
-    assert kernels.load() == kernels.supported()
-
-
-@needs_kernels
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width, height", SHAPES)
 def test_products_agree_with_floats(scheme, width, height):
     linear, weight = make_linear(scheme, width, height)
-    linear.prepare()
+    linear.pack_weights()
     assert linear.tiles is not None
     x = torch.randn(max(ROWS), width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for rows in ROWS:
-        y, expected = linear(x[None, :rows])[0], F.linear(x[:rows].float(), weight)
+    for rows, prefill in itertools.product(ROWS, (False, True)):
+        y, expected = linear(x[None, :rows], prefill)[0], F.linear(x[:rows].float(), weight)
         assert y.shape == expected.shape and y.dtype == torch.bfloat16
         bound = 0.02 if scheme == "int8-activation" else BOUND
-        if rows > kernels.FEW_ROWS and scheme in ("int8", "int4"):
+        if prefill and scheme in ("int8", "int4"):
             bound += 2e-3  # there weights are rounded to bf16, too
         assert (y - expected).norm() / expected.norm() < bound, rows
 
 
-@needs_kernels
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width, height", SHAPES)
-def test_a_row_gives_the_same_bits_alone_and_among_others(scheme, width, height):
+@pytest.mark.parametrize("prefill", [False, True])
+def test_a_row_gives_the_same_bits_alone_and_among_others(scheme, width, height, prefill):
     linear, _ = make_linear(scheme, width, height)
-    linear.prepare()
-    x = torch.randn(32, width, generator=torch.Generator().manual_seed(1)).bfloat16()
-    whole = linear(x)
-    for rows in range(1, 32):
-        assert torch.equal(linear(x[:rows]), whole[:rows]), rows
-        assert torch.equal(linear(x[rows:]), whole[rows:]), rows
+    linear.pack_weights()
+    x = torch.randn(100, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    whole = linear(x, prefill)
+    for rows in ROWS:
+        assert torch.equal(linear(x[:rows], prefill), whole[:rows]), rows
+        assert torch.equal(linear(x[rows:], prefill), whole[rows:]), rows
 
 
-@needs_kernels
 def test_integers_are_multiplied_exactly():
     generator = torch.Generator().manual_seed(0)
     for rows, width, height in ((1, 32, 1), (3, 2048, 40), (12, 68, 33), (50, 5632, 64)):
@@ -96,37 +110,35 @@ def test_integers_are_multiplied_exactly():
         assert torch.equal(y, (x.double() @ weight.double().t()).float().bfloat16())
 
 
-@needs_kernels
 def test_activations_are_rounded_as_without_kernels():
     linear, _ = make_linear("int8-activation", 576, 96)
     x = torch.randn(9, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = linear(x)
-    linear.prepare()
+    linear.pack_weights()
     assert linear.tiles is not None and torch.equal(linear(x), expected)
     op = torch.ops.tokenbus.linear_int8_activation
     assert torch.equal(op(x, linear.tiles, linear.grid, None), expected)
 
 
-@needs_kernels
 def test_int8_weights_keep_small_values_beside_large_ones():
-    """x becomes whole numbers of 24 bits: each keeps its bits down to 2^-15 of the largest."""
+    """x becomes 24-bit fixed point: each keeps its bits down to 2^-15 of the largest."""
     weight = torch.ones(1, 64, dtype=torch.int8)
     for exponent in (-90, -20, 0, 20, 100):
         x = torch.zeros(1, 64)
         x[0, 0], x[0, 1] = 2.0**exponent, -(2.0**exponent)
         x[0, 2] = 1.9921875 * 2.0 ** (exponent - 15)
         scales = torch.ones(1, dtype=torch.bfloat16)
-        y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.pack(weight, 4), scales)
+        y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.pack(weight, 4), scales, False)
         assert y.item() == x[0, 2].item(), exponent
     x[0, 3] = float("nan")
-    assert torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.pack(weight, 4), scales).isnan()
+    y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.pack(weight, 4), scales, False)
+    assert y.isnan()
 
 
-@needs_kernels
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_infinite_and_missing_values_of_x(scheme):
     linear, _ = make_linear(scheme, 96, 48)
-    linear.prepare()
+    linear.pack_weights()
     assert not linear(torch.zeros(1, 96).bfloat16()).any()
     broken = torch.full((2, 96), 1.0)
     broken[0, 5] = float("nan")
@@ -134,10 +146,15 @@ def test_infinite_and_missing_values_of_x(scheme):
     assert y[1].isfinite().all() and (scheme == "int8-activation" or y[0].isnan().all())
 
 
-@needs_kernels
-@pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
+def attend(q, k, v, input_pos, window=0, sinks=None, scale=None):
+    scale = scale or q.shape[-1] ** -0.5
+    return torch.ops.tokenbus.attend(q, k, v, input_pos, scale, window, sinks)
+
+
+@pytest.mark.parametrize("width", [2, 20, 30, 32, 64, 80, 96, 128, 200, 256])
 @pytest.mark.parametrize("heads, group", [(1, 1), (3, 3), (2, 8), (4, 5)])
-def test_attention_agrees_with_floats(width, heads, group):
+@pytest.mark.parametrize("window, with_sinks", [(0, False), (7, False), (20, True)])
+def test_attention_agrees_with_floats(width, heads, group, window, with_sinks):
     generator = torch.Generator().manual_seed(width)
 
     def draw(*shape):
@@ -145,53 +162,78 @@ def test_attention_agrees_with_floats(width, heads, group):
 
     for B, T, S in ((1, 1, 2), (1, 1, 17), (2, 5, 300), (1, 32, 77)):
         q, k, v = 3 * draw(B, T, heads * group, width), *draw(2, B, heads, S, width)
+        k[:, :, -1] = v[:, :, -1] = float("nan")  # the padding slot is never read
         positions = torch.randint(S - 1, (B, T), generator=generator)
-        y = torch.ops.tokenbus.attend(q, k, v, positions)
+        sinks = draw(heads * group).float() if with_sinks else None
+        y = attend(q, k, v, positions, window, sinks)
         scores = torch.einsum("bthgd,bhsd->bthgs", q.float().unflatten(2, (heads, -1)), k.float())
-        hidden = torch.arange(S) > positions[:, :, None]
-        scores = (scores / width**0.5).masked_fill(hidden[:, :, None, None], -float("inf"))
-        expected = torch.einsum("bthgs,bhsd->bthgd", scores.softmax(-1), v.float()).flatten(2)
+        places, last = torch.arange(S), positions[:, :, None]
+        masked = (places > last) | (places <= last - window if window else places < 0)
+        scores = scores.div(width**0.5).masked_fill(masked[:, :, None, None], -float("inf"))
+        if with_sinks:  # one more key, whose value is 0
+            more = sinks.view(1, 1, heads, group, 1).expand(B, T, -1, -1, -1)
+            scores = torch.cat((scores, more), -1)
+        probs = scores.softmax(-1)[..., :S]
+        expected = torch.einsum("bthgs,bhsd->bthgd", probs, v.float().nan_to_num()).flatten(2)
         assert y.shape == expected.shape and (y - expected).norm() / expected.norm() < BOUND
         for t in range(T):
-            one = torch.ops.tokenbus.attend(q[:, t : t + 1], k, v, positions[:, t : t + 1])
+            one = attend(q[:, t : t + 1], k, v, positions[:, t : t + 1], window, sinks)
             assert torch.equal(one[:, 0], y[:, t])
 
 
-@needs_kernels
+def test_attention_scales_scores_as_it_is_told():
+    q, k, v = torch.randn(3, 1, 1, 9, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, positions = q[:, :, :1], torch.tensor([[7]])
+    assert torch.equal(attend(q, k, v, positions, scale=0.5), attend(q * 4, k, v, positions))
+
+
 def test_attention_survives_large_scores_and_skips_padding():
     q = torch.full((1, 2, 1, 64), 30.0).bfloat16()
     k, v = torch.full((2, 1, 1, 5, 64), 30.0).bfloat16()
     k[0, 0, 2] = -30
-    y = torch.ops.tokenbus.attend(q, k, v, torch.tensor([[3, 4]]))  # 4 is the spare slot
+    y = attend(q, k, v, torch.tensor([[3, 4]]))  # 4 is the padding slot
     assert (y[0, 0] == 30).all() and not y[0, 1].any()
 
 
-@needs_kernels
+def test_operators_refuse_what_they_do_not_take():
+    q, cache, at = torch.zeros(1, 1, 2, 31).bfloat16(), torch.zeros(1, 2, 9, 31), torch.zeros(1, 1)
+    with pytest.raises(RuntimeError, match="attend takes even heads of up to 256"):
+        attend(q, cache.bfloat16(), cache.bfloat16(), at.long())
+    q, cache = torch.zeros(2, 1, 6, 32).bfloat16(), torch.zeros(1, 2, 9, 32).bfloat16()
+    tables = torch.zeros(9, 16, 2)
+    with pytest.raises(RuntimeError, match="rotate_write takes even heads of up to 256"):
+        args = (torch.zeros(2, 1).long(), tables, None, None, 1e-5, cache, cache.clone())
+        torch.ops.tokenbus.rotate_write(q, *args)
+
+
 def test_a_weight_that_does_not_fit_is_refused():
     x = torch.zeros(1, 64).bfloat16()
     tiles = kernels.pack(torch.zeros(40, 96).bfloat16(), 2)
     with pytest.raises(RuntimeError, match="has not been packed"):
-        torch.ops.tokenbus.linear(x, tiles, 40)
+        torch.ops.tokenbus.linear_bf16(x, tiles, 40)
     with pytest.raises(RuntimeError, match="has not been packed"):
-        torch.ops.tokenbus.linear(torch.zeros(1, 96).bfloat16(), tiles, 80)
+        torch.ops.tokenbus.linear_bf16(torch.zeros(1, 96).bfloat16(), tiles, 80)
 
 
-@needs_kernels
-@pytest.mark.parametrize("name", ["attend", *SCHEMES])
-def test_compilation_sees_the_shapes(name):
-    """torch's own check: the fake implementation against the real one."""
-    x = torch.randn(3, 64).bfloat16()
+@pytest.mark.parametrize("name", ["attend", "rotate_write", *SCHEMES])
+def test_compilation_sees_the_shapes_and_what_is_written(name):
+    """torch's own check: the fake implementation and the schema against the real one."""
+    x, at = torch.randn(3, 64).bfloat16(), torch.tensor([[5, 6, 7]])
+    caches = torch.randn(2, 1, 2, 9, 32).bfloat16().unbind()
     if name == "attend":
-        cache = torch.randn(1, 2, 9, 32).bfloat16()
-        args = (torch.randn(1, 3, 4, 32).bfloat16(), cache, cache, torch.tensor([[5, 6, 7]]))
+        args = (torch.randn(1, 3, 4, 32).bfloat16(), *caches, at, 0.2, 0, None)
+    elif name == "rotate_write":
+        norm = torch.randn(32).bfloat16()
+        tables = torch.randn(9, 16, 2)
+        args = (torch.randn(1, 3, 8, 32).bfloat16(), at, tables, norm, norm, 1e-5, *caches)
     else:
         linear, _ = make_linear(name, 64, 40)
-        linear.prepare()
+        linear.pack_weights()
         rest = {"bf16": (40,), "int8-activation": (linear.grid, torch.ones(3, 1))}
-        rest |= {"int8": (linear.grid,), "int4": (linear.grid, 40)}
+        rest |= {"int8": (linear.grid, True), "int4": (linear.grid, 40, False)}
         args = (x, linear.tiles, *rest[name])
-    op = {"attend": "attend", "bf16": "linear"}.get(name, f"linear_{name.replace('-', '_')}")
-    op = getattr(torch.ops.tokenbus, op).default
+    name = name if name in ("attend", "rotate_write") else f"linear_{name.replace('-', '_')}"
+    op = getattr(torch.ops.tokenbus, name).default
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -199,7 +241,7 @@ def test_compilation_sees_the_shapes(name):
 def test_without_kernels_the_same_layers_run(scheme, monkeypatch):
     monkeypatch.setattr(kernels, "load", lambda: False)
     linear, weight = make_linear(scheme, 96, 48)
-    linear.prepare()
+    linear.pack_weights()
     assert linear.tiles is None
     for rows in (1, 2, 9, 40):
         x = torch.randn(rows, 96).bfloat16()
@@ -233,102 +275,150 @@ def quantized_model(config: dict, schemes: list[str]) -> Transformer:
     return model
 
 
-def logits_in_parts(model: Transformer, ids: torch.Tensor, split: int, block=None) -> torch.Tensor:
-    """The logits of ids `[B, T]`, passed to the model `split` at a time."""
-    model.setup_caches(len(ids), 64)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    parts = zip(ids.split(split, 1), positions.split(split, 1), strict=True)
-    return torch.cat([model(idx, pos, 64, block=block) for idx, pos in parts], 1).float()
+def modules(model: Transformer):
+    """The step that goes module by module."""
+    return model
 
 
-@needs_kernels
-@pytest.mark.parametrize("schemes", [[scheme] for scheme in SCHEMES] + [MIXED])
+def fused(model: Transformer):
+    """The step that is one call; it has to be there."""
+    step = Engine(model).fused
+    assert step is not None
+    return step
+
+
+def logits_in_pieces(who, model, ids, size: int, prefill: bool, rows: int = 0) -> torch.Tensor:
+    """The logits after all ids `[B, T]`, run `size` at a time, in a cache of `rows` or B rows."""
+    model.setup_caches(max(rows, len(ids)), 64)
+    step, logits = who(model), []
+    for start in range(0, ids.shape[1], size):
+        idx = ids[:, start : start + size]
+        last = torch.arange(idx.shape[1]).expand_as(idx)
+        logits.append(step(idx, start + last, 64, last if prefill else None).logits)
+    return torch.cat(logits, 1).float()
+
+
+IDS = torch.randint(300, (5, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("schemes", [[scheme] for scheme in SCHEMES] + [MIXED], ids="-".join)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_kernel_of_a_whole_model_agrees_with_its_modules(family, schemes):
-    model = quantized_model(FAMILIES[family], schemes)
-    ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
-    expected = logits_in_parts(model, ids, 40)  # plain PyTorch
-    assert model.kernel is None
-    model.prepare()
-    assert model.kernel is not None
-    for split in (40, 7, 1):  # prefill, and passes of a few tokens
-        whole = logits_in_parts(model, ids, split)
-        modules = logits_in_parts(model, ids, split, TransformerBlock.forward)
+def test_the_kernel_of_a_whole_model_agrees_with_its_modules(family, schemes, monkeypatch):
+    model, ids = quantized_model(FAMILIES[family], schemes), IDS[:2]
+    with monkeypatch.context() as patch:  # plain PyTorch
+        patch.setattr(kernels, "load", lambda: False)
+        expected = logits_in_pieces(modules, model, ids, 40, True)
+        assert Engine(model).fused is None
+    for layer in [m for m in model.modules() if hasattr(m, "packed")]:
+        layer.packed = None
+    model.pack_weights()
+    for size, prefill in ((40, True), (7, False)):
+        whole = logits_in_pieces(fused, model, ids, size, prefill)
+        parts = logits_in_pieces(modules, model, ids, size, prefill)
         bound = 0.05 if "int8-activation" in schemes else 0.03  # a bit decides what is rounded
-        for other in (modules, expected):
-            assert (whole - other).norm() / other.norm() < bound, split
-    assert torch.equal(whole, logits_in_parts(model, ids, 7))  # a row's bits, alone or not
+        for other in (parts, expected):
+            assert (whole - other).norm() / other.norm() < bound, (size, prefill)
 
 
-@needs_kernels
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_kernel_of_a_whole_model_is_as_exact_as_its_modules(family):
-    model = quantized_model(FAMILIES[family], ["bf16"])
+def test_the_kernel_of_a_whole_model_is_as_exact_as_its_modules(family, monkeypatch):
+    model, ids = quantized_model(FAMILIES[family], ["bf16"]), IDS[:2]
     exact = random_model(FAMILIES[family], scale=0.1)
     exact.load_state_dict(model.state_dict())
-    ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
-    expected = logits_in_parts(exact, ids, 40)
-    errors = [(logits_in_parts(model, ids, 40) - expected).norm()]  # of plain PyTorch
-    model.prepare()
-    errors += [(logits_in_parts(model, ids, split) - expected).norm() for split in (40, 7, 1)]
+    expected = logits_in_pieces(modules, exact, ids, 40, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "load", lambda: False)
+        errors = [(logits_in_pieces(modules, model, ids, 40, True) - expected).norm()]
+    model.pack_weights()
+    for size, prefill in ((40, True), (7, False), (1, False)):
+        errors.append((logits_in_pieces(fused, model, ids, size, prefill) - expected).norm())
     assert max(errors) < 0.05 * expected.norm() and max(errors[1:]) < 1.2 * errors[0], errors
 
 
-@needs_kernels
+ODD = SHAPE | {"hidden_size": 100, "num_attention_heads": 5, "num_key_value_heads": 1}
+ODD |= {"intermediate_size": 172}  # heads of 20, no width a multiple of 16: int4 does not fit
+PATHS = [(who, schemes, SHAPE) for who in (fused, modules) for schemes in ([s] for s in SCHEMES)]
+PATHS += [(who, [scheme], ODD) for who in (fused, modules) for scheme in SCHEMES[:3]]
+PATHS += [(fused, MIXED, SHAPE), (fused, ["int8"], FAMILIES["qwen3, norms of q and k"])]
+
+
+@pytest.mark.parametrize(
+    "who, schemes, config", PATHS, ids=lambda x: getattr(x, "__name__", None) or str(x)[:24]
+)
+def test_one_arithmetic_a_pass(who, schemes, config):
+    """A prompt gives the same bits alone, in a batch and in any pieces; so do decoded tokens."""
+    model = quantized_model(config, schemes)
+    model.pack_weights()
+    for prefill, sizes in ((True, (1, 2, 5, 13, 32, 33)), (False, (1, 3, 12, 32))):
+        whole = logits_in_pieces(who, model, IDS, 40, prefill)
+        for size in sizes:
+            assert torch.equal(logits_in_pieces(who, model, IDS[:1], size, prefill), whole[:1])
+            assert torch.equal(logits_in_pieces(who, model, IDS[1:4], size, prefill), whole[1:4])
+    many = IDS[:1, :3].expand(50, 3)  # more rows than one block of any kernel
+    assert torch.equal(logits_in_pieces(who, model, many, 1, False)[7:8], whole[:1, :3])
+
+
+def test_a_prompt_of_few_tokens_and_one_of_many_share_their_arithmetic():
+    """Behind any prefix hit: what the cache holds and what comes after it, however short."""
+    for scheme in SCHEMES:
+        model = quantized_model(SHAPE, [scheme])
+        model.setup_caches(1, 64)
+        engine, prompt = Engine(model), IDS[0].tolist()
+        alone = engine.prefill([prompt])
+        for known in (1, 8, 35, 39):
+            engine.prefill([prompt[:known]])
+            assert torch.equal(engine.prefill([prompt], known), alone), (scheme, known)
+
+
 def test_padding_and_the_choice_of_logits():
-    model = quantized_model(SHAPE, ["bf16"])
-    model.prepare()
-    ids = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
-    whole = logits_in_parts(model, ids, 9)
+    model, ids = quantized_model(SHAPE, ["bf16"]), IDS[:2, :9]
+    model.pack_weights()
+    whole = logits_in_pieces(fused, model, ids, 9, True)
     model.setup_caches(2, 64)
-    positions = torch.arange(9).repeat(2, 1)
+    step, positions = fused(model), torch.arange(9).repeat(2, 1)
     positions[1, 5:] = 64  # the second row ends after five tokens
-    last = torch.tensor([[8], [4]])
-    logits = model(ids, positions, 64, last).float()
-    assert logits.shape == (2, 1, 300)
+    output = step(ids, positions, 64, torch.tensor([[8], [4]]))
+    logits = output.logits.float()
+    assert logits.shape == (2, 1, 300) and output.hidden.shape == (2, 1, 192)
+    assert torch.equal(model.output(output.hidden, True).float(), logits)
     assert torch.equal(logits[0, 0], whole[0, 8]) and torch.equal(logits[1, 0], whole[1, 4])
     for idx, pos in ((ids, positions[:1]), (ids[:, :0], positions[:, :0]), (ids[[0, 1, 0]],) * 2):
         with pytest.raises(RuntimeError, match="tokens, positions and cache differ in shape"):
-            model(idx, pos, 64)
+            step(idx, pos, 64)
     for wrong in (-1, 65):
         with pytest.raises(RuntimeError, match=f"position {wrong} of a cache of 65"):
-            model(ids[:, :1], torch.full((2, 1), wrong), 64)
+            step(ids[:, :1], torch.full((2, 1), wrong), 64)
 
 
-@needs_kernels
 def test_nothing_is_compiled_where_one_kernel_is_the_model():
     counters.clear()
     model = quantized_model(SHAPE, ["int8"])
+    model.setup_caches(1, 64)
     engine = Engine(model, "block", compile_prefill=True)
-    model.setup_caches(1, 64)  # also after it, as `eval.py` does
-    engine.warm_up(1)
-    kernel = model.kernel
-    assert kernel is not None and not counters["frames"]["total"]
-    model.setup_caches(2, 64)
-    assert model.kernel is not None and model.kernel is not kernel
+    engine.warm_up(1, verify=True)
+    assert engine.fused is not None and not counters["frames"]["total"]
 
 
-@needs_kernels
-def test_small_heads_and_parts_of_models_run_by_modules():
-    for config, whole in ((SHAPE | {"num_attention_heads": 12}, True), (SHAPE, False)):
+def test_what_is_no_single_kernel_runs_by_modules():
+    """A rank's part, whose collectives are hooks, and columns that kernels do not take."""
+    for config, hooked in ((SHAPE, True), (SHAPE | {"intermediate_size": 90}, False)):
         model = quantized_model(config, ["bf16"])
-        model.whole = whole
-        model.prepare()
-        ids = torch.randint(300, (2, 5))
-        assert logits_in_parts(model, ids, 5).isfinite().all()
-        assert model.kernel is None and not model.fusible
+        if hooked:
+            model.layers[0].attention.wo.register_forward_hook(lambda _module, _x, y: y)
+        model.setup_caches(2, 64)
+        assert Engine(model).fused is None
+        assert logits_in_pieces(modules, model, IDS[:2], 5, True).isfinite().all()
 
 
 CACHE = """
 import sys, torch
 from torch._dynamo.utils import counters
 from pathlib import Path
-from generate import Engine
-from model import Transformer
+from engine import Engine, load_model
 
 for path in map(Path, sys.argv[1:]):
-    model = Transformer.from_checkpoint(path)
-    model.whole = False  # as a rank's part, which no single kernel runs
+    model = load_model(path, "cpu")
+    model.output.register_forward_hook(lambda _module, _x, y: y)  # as a rank's part has
     model.setup_caches(1, 64)
     Engine(model, "block").warm_up(1)
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
@@ -336,7 +426,7 @@ print(counters["inductor"]["fxgraph_cache_bypass"], counters["aot_autograd"]["au
 """
 
 
-@needs_kernels
+@native
 def test_a_second_process_finds_compiled_blocks_in_the_cache(tmp_path):
     paths = [write_checkpoint(tmp_path / "a", SHAPE, torch.bfloat16)]
     state = torch.load(paths[0])
