@@ -141,7 +141,7 @@ def rope_frequencies(config: Keys, head_dim: int) -> tuple[float, ...]:
         keys.choice("partial_rotary_factor", (1.0,), 1.0)
     scaling = rope.choice("rope_type" if rope.has("rope_type") else "type", (*ROPES,), "default")
     base = (rope if rope.has("rope_theta") else config).number("rope_theta", 1e4)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     return tuple(ROPES[scaling](1.0 / base**exponents, rope).tolist())
 
 

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model import ModelArgs, Transformer  # noqa: E402
+from families import from_config  # noqa: E402
+from model import Transformer  # noqa: E402
 
 CONFIG = {
     "model_type": "llama",
@@ -35,7 +36,7 @@ CHATML = (
 def random_model(config: dict, dtype=torch.float32, scale=0.2) -> Transformer:
     """A model of this config with weights drawn from a seed; norms near 1."""
     with torch.device("meta"):
-        model = Transformer(ModelArgs.from_config(config))
+        model = Transformer(from_config(config))
     model = model.to_empty(device="cpu").to(dtype)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():

@@ -1,6 +1,6 @@
 """scripts/benchmark.py measures what it says, on shapes small enough to say it of."""
 
-import dataclasses
+import ast
 import itertools
 import json
 import os
@@ -15,29 +15,38 @@ import pytest
 import torch
 
 import cli
-from conftest import CONFIG, write_checkpoint
+import families
+from conftest import CONFIG, ROOT, write_checkpoint
+from engine import Engine, load_model
+from families import from_config, preset
 from linear import Int4Linear, Int8ActivationLinear, Int8Linear, Linear
-from model import PRESETS, ModelArgs, Transformer
 from quantize import quantize
-from scripts import benchmark, candidates, convert_gguf
-from scripts.benchmark import Timing
+from scripts import benchmark, candidates, convert_gguf, machine
 from scripts.candidates import Case, make
+from scripts.machine import Timing
 
 CPU = torch.device("cpu")
-TINY = ModelArgs(64, 2, 4, 2, 128, 300, 128)
-TIED = dataclasses.replace(TINY, tied=True)
+TINY = CONFIG | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+TINY |= {"max_position_embeddings": 128}
+SHAPES = {"tiny": TINY, "tied": TINY | {"tie_word_embeddings": True}}
 SHAPE = CONFIG | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 SCHEMES = ["bf16", "int8", "int8-activation", "int4"]
 BUS = 1e9  # what the probe is said to find
 SHORT = ["--prompt", "20", "--gen", "4", "--runs", "2", "--no-cold"]
 
 
+@pytest.fixture(autouse=True)
+def presets(monkeypatch, tmp_path):
+    """Shapes `tiny` and `tied` beside those that there are."""
+    file = tmp_path / "presets.json"
+    file.write_text(json.dumps(json.loads(families.PRESETS.read_text()) | SHAPES))
+    monkeypatch.setattr(families, "PRESETS", file)
+
+
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Run the command line on shapes `tiny` and `tied`; exit code, output, errors and figures."""
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setitem(PRESETS, "tied", TIED)
-    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: BUS)
+    """Run the command line; exit code, output, errors and figures."""
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: BUS)
 
     def run(*flags):
         argv = ["benchmark.py", "--device", "cpu", "--json", str(tmp_path / "found.json"), *flags]
@@ -53,13 +62,15 @@ def run(monkeypatch, capsys, tmp_path):
     return run
 
 
-def case(scheme: str, shape: ModelArgs = TINY, path: Path | None = None) -> Case:
-    return Case(scheme, dataclasses.asdict(shape), 32, path and str(path))
+def case(scheme: str, shape: str = "tiny") -> Case:
+    return Case(scheme, 32, preset=shape, random=True)
 
 
-def step_bytes(shape: ModelArgs, scheme: str, kv_len: float) -> float:
-    """Counted by hand: the matrices, the norms and `kv_len` positions."""
-    qkv = (shape.n_head + 2 * shape.n_local_heads) * shape.head_dim
+def step_bytes(scheme: str, kv_len: float) -> float:
+    """Counted by hand, of both shapes: the matrices, the norms and `kv_len` positions."""
+    shape = preset("tiny")
+    (kind,) = shape.kinds
+    qkv = (kind.n_head + 2 * kind.n_local_heads) * kind.head_dim
     matrices = [(qkv, shape.dim), (shape.dim, shape.dim), (shape.dim, shape.intermediate_size)]
     matrices += 2 * [(shape.intermediate_size, shape.dim)]
     matrices = matrices * shape.n_layer + [(shape.vocab_size, shape.dim)]
@@ -67,7 +78,7 @@ def step_bytes(shape: ModelArgs, scheme: str, kv_len: float) -> float:
     stored = {"bf16": 2 * weights, "int4": weights / 2 + weights / 32 * 4}
     stored["int8"] = stored["int8-activation"] = weights + 2 * rows
     norms = 2 * shape.dim * (2 * shape.n_layer + 1)
-    cache = 2 * 2 * shape.n_layer * shape.n_local_heads * shape.head_dim * kv_len
+    cache = 2 * 2 * shape.n_layer * kind.n_local_heads * kind.head_dim * kv_len
     return stored[scheme] + norms + cache
 
 
@@ -97,12 +108,12 @@ def test_every_scheme_is_measured_at_every_depth(run):
     assert found["start"] == [] and "peak memory" not in out
 
 
-@pytest.mark.parametrize("shape", [TINY, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_bytes_per_token_are_those_of_the_model(scheme, shape):
     model = make(case(scheme, shape), CPU, 128)
     row = benchmark.byte_row(scheme, model, depth=70, gen=4)  # of 128 positions, 128 are looked at
-    assert row["bytes_per_token"] == model.bytes_per_step(128) == step_bytes(shape, scheme, 128)
+    assert row["bytes_per_token"] == model.bytes_per_step(128) == step_bytes(scheme, 128)
     empty = candidates.skeleton(case(scheme, shape))
     empty.setup_caches(1, 128)
     assert benchmark.byte_row(scheme, empty, depth=70, gen=4) == row
@@ -138,14 +149,14 @@ def test_without_memory_for_all_each_is_measured_alone(run, monkeypatch):
 
 def test_what_is_timed_are_as_many_steps_as_asked_for(run, monkeypatch):
     """At the end of the context, too, behind which the cache goes on."""
-    places, real = [], candidates.Engine.step
+    places, real = [], Engine.decode
 
-    def step(self, idx, input_pos, kv_len, last=None):
-        if idx.shape[1] == 1 and input_pos.max() > 0:
+    def decode(self, idx, input_pos, kv_len):
+        if idx.shape[1] == 1:
             places.append(input_pos.item())
-        return real(self, idx, input_pos, kv_len, last)
+        return real(self, idx, input_pos, kv_len)
 
-    monkeypatch.setattr(candidates.Engine, "step", step)
+    monkeypatch.setattr(Engine, "decode", decode)
     flags = ["--model", "tiny", "--schemes", "bf16", "--depth", "50,128", "--prompt", "20"]
     code, _, err, _ = run(*flags, "--gen", "12", "--runs", "1", "--no-cold")
     assert code == 0, err
@@ -194,12 +205,12 @@ def test_random_weights_are_stored_as_the_scheme_says(scheme):
         spread = linear.dequantize().float().std() * linear.in_features**0.5
         assert 0.8 < spread < 1.2
     idx = torch.tensor([[5, 9, 7]])
-    logits = model(idx, torch.arange(3)[None], 64)
+    logits = model(idx, torch.arange(3)[None], 64).logits
     assert logits.isfinite().all() and 0.1 < logits.float().std() < 10
 
 
 def test_random_tied_weights_are_one_tensor():
-    model = make(case("bf16", TIED), CPU, 8)
+    model = make(case("bf16", "tied"), CPU, 8)
     assert model.output.weight is model.tok_embeddings.weight
 
 
@@ -228,8 +239,8 @@ def quantized(checkpoint, tmp_path_factory) -> Path:
 
 
 def test_a_checkpoint_is_quantized_as_quantize_does(checkpoint, quantized):
-    stored = Transformer.from_checkpoint(quantized).state_dict()
-    made = make(case("int8", ModelArgs.from_config(SHAPE), checkpoint), CPU, 128).state_dict()
+    stored = load_model(quantized, "cpu").state_dict()
+    made = make(Case("int8", 32, checkpoint=str(checkpoint)), CPU, 128).state_dict()
     assert stored.keys() == made.keys()
     assert all(torch.equal(stored[name], made[name]) for name in stored)
 
@@ -238,7 +249,7 @@ def test_a_quantized_checkpoint_runs_as_it_is(run, quantized):
     code, out, err, found = run("--checkpoint_path", quantized, *SHORT)
     assert code == 0, err
     (row,) = found["decode"]
-    model = Transformer.from_checkpoint(quantized)
+    model = load_model(quantized, "cpu")
     model.setup_caches(1, 64)
     assert row["scheme"] == "as stored" and row["bytes_per_token"] <= model.bytes_per_step(64)
     assert row["bytes_per_token"] > model.bytes_per_step(0)
@@ -267,37 +278,37 @@ def test_the_probe_streams_more_than_the_caches_hold(monkeypatch):
         sizes.append(buffer.nbytes)
         return buffer[:1]  # would be the fastest
 
-    monkeypatch.setattr(benchmark, "READERS", {"sum of int64": benchmark.READERS["sum of int64"]})
-    found = benchmark.read_bandwidth(CPU)
-    monkeypatch.setattr(benchmark, "READERS", {"none": recorded})
-    benchmark.read_bandwidth(CPU)
+    monkeypatch.setattr(machine, "READERS", {"sum of int64": machine.READERS["sum of int64"]})
+    found = machine.read_bandwidth(CPU)
+    monkeypatch.setattr(machine, "READERS", {"none": recorded})
+    machine.read_bandwidth(CPU)
     assert 1e8 < found < 1e13
-    assert set(sizes) == {benchmark.probe_bytes(CPU)} and sizes[0] >= 8 * benchmark.cache_bytes()
+    assert set(sizes) == {machine.probe_bytes(CPU)} and sizes[0] >= 8 * machine.cache_bytes()
 
 
-@pytest.mark.parametrize("name", benchmark.READERS)
+@pytest.mark.parametrize("name", machine.READERS)
 def test_every_reader_reads_the_whole_buffer(name):
     """Whatever is changed, at the start or the end, its result is another one."""
     found = []
     for place in (slice(0), 0, 1500, -1):
         buffer = torch.ones(4096)
         buffer[place] = 3.0
-        found.append(benchmark.READERS[name](buffer).tolist())
+        found.append(machine.READERS[name](buffer).tolist())
     assert found[0] not in found[1:]
 
 
 def test_busy_time_is_read_from_the_system(tmp_path):
     tick, file = os.sysconf("SC_CLK_TCK"), tmp_path / "stat"
     file.write_text("cpu  100 20 30 9999 555 4 5 6 100 20\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
-    assert benchmark.busy_seconds(file) == 165 / tick
-    assert benchmark.busy_seconds(tmp_path / "none") is None
+    assert machine.busy_seconds(file) == 165 / tick
+    assert machine.busy_seconds(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
     "busy, expected", [([7.0, 7.5], True), ([7.0, 7.01], False), ([None, None], None)]
 )
 def test_a_row_is_marked_if_others_used_the_processor(monkeypatch, busy, expected):
-    monkeypatch.setattr(benchmark, "busy_seconds", iter(busy).__next__)
+    monkeypatch.setattr(machine, "busy_seconds", iter(busy).__next__)
     timing = Timing()
     with timing.clock(CPU):
         pass
@@ -305,7 +316,7 @@ def test_a_row_is_marked_if_others_used_the_processor(monkeypatch, busy, expecte
 
 
 def test_what_this_process_uses_is_not_held_against_it(monkeypatch):
-    monkeypatch.setattr(benchmark, "busy_seconds", lambda: benchmark.own_seconds())
+    monkeypatch.setattr(machine, "busy_seconds", lambda: machine.own_seconds())
     timing = Timing()
     with timing.clock(CPU):
         sum(range(3_000_000))
@@ -323,7 +334,7 @@ def test_what_this_process_uses_is_not_held_against_it(monkeypatch):
     ids=["disturbed", "unknown", "quiet"],
 )
 def test_marks_are_shown_and_explained(run, monkeypatch, busy, sign, note):
-    monkeypatch.setattr(benchmark, "busy_seconds", busy)
+    monkeypatch.setattr(machine, "busy_seconds", busy)
     code, out, err, _ = run("--model", "tiny", "--schemes", "int8", *SHORT)
     assert code == 0 and f"| int8{sign} | 0 |" in out, err
     assert (note in out) == (note != "first token of a short prompt")
@@ -331,6 +342,14 @@ def test_marks_are_shown_and_explained(run, monkeypatch, busy, sign, note):
 
 
 clock = itertools.count()
+
+
+def test_the_probe_needs_nothing_but_torch():
+    """So a script that only asks for the bandwidth starts fast, and runs where little is."""
+    code = "import sys; old = {*sys.modules}; import scripts.machine; print({*sys.modules} - old)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = {name.split(".")[0] for name in ast.literal_eval(done.stdout)}
+    assert not loaded & {file.stem for file in ROOT.glob("*.py")} and "gguf" not in loaded
 
 
 # ---- Starts ------------------------------------------------------------------------------------
@@ -349,7 +368,7 @@ def test_starts_are_timed_in_new_processes_that_share_a_cache(monkeypatch, tmp_p
 
     monkeypatch.setattr(benchmark.subprocess, "run", recorded)
     args = Namespace(device=CPU, prompt=20, compile="block", compile_prefill=False)
-    row = benchmark.start_twice(case("int8"), args, 64)
+    row = benchmark.start_twice(case("int8", "stories260k"), args, 64)
     assert row["cold_s"] > row["second_s"] > 0 and row["load_s"] > 0
     assert 100 < row["peak_memory_mb"] < 5000
     (cold, second) = folders
@@ -381,7 +400,7 @@ def test_starts_stand_in_the_report_unless_they_are_left_out(run, monkeypatch):
 
 def tokens_of(candidate) -> list[int]:
     tokens = candidate.tokens([5, 99, 200, 7, 31, 12], 8, 0)
-    return [token[0] if isinstance(token, list) else token for token in tokens]
+    return [token[0].id if isinstance(token, list) else token for token in tokens]
 
 
 def our_tokens() -> list[int]:
@@ -395,7 +414,7 @@ def test_transformers_runs_the_same_model():
     peer.model.float()  # in bf16 near ties may fall either way
     assert tokens_of(peer) == our_tokens()
     assert len(set(our_tokens())) > 3
-    assert peer.bytes_per_step(9) == step_bytes(TINY, "bf16", 9)
+    assert peer.bytes_per_step(9) == step_bytes("bf16", 9)
 
 
 def test_transformers_is_measured_in_the_same_run(run):
@@ -407,13 +426,13 @@ def test_transformers_is_measured_in_the_same_run(run):
 
 
 @pytest.mark.parametrize("scheme", candidates.GGUF_TYPES)
-@pytest.mark.parametrize("shape", [TINY, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_gguf_file_holds_the_same_weights(scheme, shape, tmp_path):
     model = make(case(scheme, shape), CPU, 1)
     read = candidates.write_gguf(tmp_path / "m.gguf", model, candidates.GGUF_TYPES[scheme])
     reader, meta = convert_gguf.open_gguf(tmp_path / "m.gguf")
     config = convert_gguf.build_config(meta, reader, torch.bfloat16) | {"model_type": "llama"}
-    assert ModelArgs.from_config(config) == TINY  # the output matrix is a tensor of its own
+    assert from_config(config) == preset("tiny")  # the output matrix is a tensor of its own
     found = convert_gguf.read_tensors(tmp_path / "m.gguf", reader, torch.float32)
     found = {name: tensor for _, name, tensor in found}
     attention = model.layers[1].attention

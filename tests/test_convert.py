@@ -1,6 +1,8 @@
 """Converted checkpoints hold the published weights in Meta's layout, and bad ones are named."""
 
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from cli import UserError
 from conftest import ROOT
-from model import ModelArgs, Transformer, rope_frequencies
+from engine import load_model
+from families import from_config, read_config
 from scripts import convert_gguf, convert_hf_checkpoint
 from tokenizer import Tokenizer
 
@@ -140,10 +143,10 @@ def assert_same(state: dict, expected: dict) -> None:
 
 def assert_logits(path: Path, model) -> None:
     """The network reads what was converted as transformers reads what was published."""
-    ours = Transformer.from_checkpoint(path, "cpu", torch.float32)
+    ours = load_model(path, "cpu", torch.float32)
     ours.setup_caches(2, 64)
     idx = torch.randint(0, model.config.vocab_size, (2, 40))
-    logits = ours(idx, torch.arange(40).expand(2, 40), ours.kv_steps(40))
+    logits = ours(idx, torch.arange(40).expand(2, 40), ours.kv_steps(40)).logits
     expected = model(idx).logits
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
@@ -251,6 +254,13 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def edit_index(folder: Path, file) -> None:
+    index = folder / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = file
+    index.write_text(json.dumps(content))
+
+
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 MISTAKES = {
     "missing tensor": ("safetensors", lambda f: edit_tensors(f, lambda s: s.pop(K_PROJ)), K_PROJ),
@@ -296,6 +306,56 @@ MISTAKES = {
         lambda f: (f / "pytorch_model.bin.index.json").write_text("{}"),
         "index.json",
     ),
+    "file of the index": (
+        "sharded bin",
+        lambda f: edit_index(f, 7),
+        "weight_map has 7 for",
+    ),
+    "absolute path in the index": (
+        "sharded bin",
+        lambda f: edit_index(f, str(f / "pytorch_model-00001-of-00002.bin")),
+        "weight_map has '/",
+    ),
+    "path out of the folder in the index": (
+        "sharded bin",
+        lambda f: edit_index(f, "../pytorch_model-00001-of-00002.bin"),
+        r"weight_map has '../pytorch",
+    ),
+    "empty index": (
+        "sharded bin",
+        lambda f: (f / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}'),
+        "index.json",
+    ),
+    "names that are none": (
+        "bin",
+        lambda f: torch.save({1: torch.ones(1)}, f / "pytorch_model.bin"),
+        "lacks lm_head.weight",
+    ),
+    "a NaN": (
+        "safetensors",
+        lambda f: edit_tensors(f, lambda s: s[K_PROJ].view(-1)[5:6].fill_(float("nan"))),
+        f"{K_PROJ} has values that are NaN or infinite in bfloat16",
+    ),
+    "an infinity": (
+        "safetensors",
+        lambda f: edit_tensors(f, lambda s: s["model.norm.weight"][2:3].fill_(float("-inf"))),
+        "model.norm.weight has values that are NaN or infinite",
+    ),
+    "more layers than the file": (
+        "safetensors",
+        lambda f: edit_config(f, num_hidden_layers=1024),
+        "lacks model.layers.10.",
+    ),
+    "layers without end": (
+        "safetensors",
+        lambda f: edit_config(f, num_hidden_layers=10**9),
+        "num_hidden_layers is 1000000000, not a count",
+    ),
+    "a vocabulary that no file holds": (
+        "safetensors",
+        lambda f: edit_config(f, vocab_size=2**24, hidden_size=2**24, intermediate_size=2**24),
+        "model.embed_tokens.weight is [128, 64], and",
+    ),
     "no weights": ("safetensors", lambda f: (f / "model.safetensors").unlink(), "safetensors"),
     "no config": ("safetensors", lambda f: (f / "config.json").unlink(), "config.json"),
     "no folder": ("safetensors", shutil.rmtree, "download"),
@@ -315,7 +375,7 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_written(mistake, tmp_path):
     folder = publish(random_hf(), tmp_path / "model", kind)
     spoil(folder)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=named.replace(".", r"\.")) as caught:
+    with pytest.raises(UserError, match=re.escape(named)) as caught:
         convert_hf_checkpoint.convert(folder)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -334,6 +394,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="disk"):
         convert_hf_checkpoint.convert(folder)
     assert (folder / "model.pth").read_bytes() == b"old" and sorted(folder.iterdir()) == before
+
+
+def test_a_value_beyond_the_precision_is_named(tmp_path):
+    folder = publish(random_hf(), tmp_path / "model")
+    edit_tensors(folder, lambda s: s[K_PROJ].view(-1)[5:6].fill_(1e6))
+    with pytest.raises(UserError, match="k_proj.weight .* infinite in float16"):
+        convert_hf_checkpoint.convert(folder, torch.float16)
+    assert convert_hf_checkpoint.convert(folder, torch.bfloat16).exists()
 
 
 @pytest.mark.parametrize("script", ["convert_hf_checkpoint.py", "convert_gguf.py"])
@@ -465,9 +533,9 @@ def test_a_gguf_gives_what_the_published_files_give(name, tmp_path):
     theirs = convert_hf_checkpoint.convert(publish(model, tmp_path / "theirs"), torch.float32)
     assert_same(load(path), load(theirs))
     assert_logits(path, model)
-    ours, expected = (ModelArgs.from_folder(tmp_path / folder) for folder in ("ours", "theirs"))
-    expected.block_size = 256  # GGUF does not know Mistral's window, shorter or longer
-    assert ours == expected
+    ours, expected = (read_config(tmp_path / folder) for folder in ("ours", "theirs"))
+    # GGUF does not know Mistral's window, shorter or longer
+    assert ours == dataclasses.replace(expected, block_size=256)
 
 
 KINDS = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
@@ -531,17 +599,18 @@ def test_llama3_scaling_is_found_in_the_divisors(factor, tmp_path):
     divisors = {"rope_freqs.weight": (llama3_divisors(64, 5e5, factor), None)}
     file = write_gguf(tmp_path / "a.gguf", model, "llama", tensors=divisors)
     convert_gguf.convert(file, tmp_path / "model")
-    ours = rope_frequencies(ModelArgs.from_folder(tmp_path / "model"))
-    expected = rope_frequencies(ModelArgs.from_config(model.config.to_dict()))
-    torch.testing.assert_close(ours, expected)
+    (ours,) = read_config(tmp_path / "model").kinds
+    (expected,) = from_config(model.config.to_dict()).kinds
+    assert ours.rope == pytest.approx(expected.rope, rel=1e-5) and ours.rope[-1] < expected.rope[0]
 
 
 def test_linear_scaling_is_kept(tmp_path):
     extra = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     file = write_gguf(tmp_path / "a.gguf", random_hf(), "llama", extra=extra)
     convert_gguf.convert(file, tmp_path / "model")
-    args = ModelArgs.from_folder(tmp_path / "model")
-    assert args.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    (scaled,) = read_config(tmp_path / "model").kinds
+    (plain,) = from_config(random_hf().config.to_dict()).kinds
+    assert scaled.rope == tuple(frequency / 4 for frequency in plain.rope)
 
 
 UNKNOWN_KIND = {"blk.0.attn_x.weight": (np.ones((2, 2), np.int8), None)}
@@ -565,13 +634,70 @@ GGUF_MISTAKES = {
     "tokenizer": (dict(extra={"tokenizer.ggml.model": "rwkv"}), "rwkv"),
     "pre-tokenizer": (dict(extra={"tokenizer.ggml.pre": "tekken"}), "tekken"),
     "merges": (dict(extra={"tokenizer.ggml.merges": ["never seen"]}), "merges"),
+    "a merge without a space": (
+        dict(extra={"tokenizer.ggml.merges": ["a b", "ab"]}),
+        "merge 'ab' has no space",
+    ),
+    "merges that are numbers": (dict(extra={"tokenizer.ggml.merges": [1]}), "ggml.merges is"),
+    "layers without end": (
+        dict(extra={"llama.block_count": 10**9}),
+        "llama.block_count is 1000000000, not a count",
+    ),
+    "no heads": (dict(extra={"llama.attention.head_count": 0}), "head_count is 0, not a count"),
+    "heads by layer": (
+        dict(extra={"llama.attention.head_count": [4, 4]}),
+        r"head_count is \[4, 4\], not a count",
+    ),
+    "text for heads": (dict(extra={"llama.attention.head_count": "4"}), "head_count is '4'"),
+    "text for KV heads": (dict(extra={"llama.attention.head_count_kv": "2"}), "count_kv is '2'"),
+    "no dimensions": (dict(extra={"llama.embedding_length": 0}), "embedding_length is 0"),
+    "odd heads": (dict(extra={"llama.attention.head_count_kv": 3}), "num_key_value_heads is 3"),
+    "text for eps": (
+        dict(extra={"llama.attention.layer_norm_rms_epsilon": "small"}),
+        "layer_norm_rms_epsilon is 'small', not a number",
+    ),
+    "NaN for eps": (
+        dict(extra={"llama.attention.layer_norm_rms_epsilon": float("nan")}),
+        "layer_norm_rms_epsilon is nan, not a number",
+    ),
+    "infinite rope": (dict(extra={"llama.rope.freq_base": float("inf")}), "freq_base is inf"),
+    "empty matrix": (
+        dict(tensors={"blk.0.attn_x.weight": (np.ones((2, 0), np.float32), None)}),
+        "blk.0.attn_x.weight has no values",
+    ),
+    "EOS beyond the tokens": (
+        dict(extra={"tokenizer.ggml.eos_token_id": 259}),
+        "eos_token_id is 259, not the id of one of 259 tokens",
+    ),
+    "BOS that is a text": (dict(extra={"tokenizer.ggml.bos_token_id": "<s>"}), "bos_token_id is"),
+    "too few token types": (
+        dict(extra={"tokenizer.ggml.token_type": [1, 1, 3]}),
+        "token_type is .* 3 items, not 259",
+    ),
+    "tokens that are numbers": (dict(extra={"tokenizer.ggml.tokens": [1, 2]}), "ggml.tokens is"),
+    "too few scores": (
+        dict(extra={"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0, 1.0]}),
+        "scores is .* 2 items, not 259",
+    ),
+    "a template that is no text": (
+        dict(extra={"tokenizer.chat_template": 3}),
+        "chat_template is 3",
+    ),
+    "a flag that is none": (dict(extra={"tokenizer.ggml.add_bos_token": 3}), "add_bos_token is 3"),
+    "a NaN": (
+        dict(tensors={"output_norm.weight": (np.full(64, np.nan, np.float32), None)}, drop="norm"),
+        "output_norm.weight has values that are NaN or infinite",
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", GGUF_MISTAKES)
 def test_a_gguf_that_is_not_understood_is_refused(mistake, tmp_path):
     options, named = GGUF_MISTAKES[mistake]
-    file = write_gguf(tmp_path / "a.gguf", random_hf(), **{"arch": "llama"} | options)
+    options, model = {"arch": "llama"} | options, random_hf()
+    if name := options.pop("drop", None):
+        delattr(model.model, name)
+    file = write_gguf(tmp_path / "a.gguf", model, **options)
     with pytest.raises(UserError, match=named) as caught:
         convert_gguf.convert(file, tmp_path / "model")
     assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()

@@ -23,7 +23,7 @@ def stored_linear(scheme, width, height, dtype, bias=True) -> Linear:
     linear = linear_for(plain, tensors)
     linear.load_state_dict(tensors, assign=True)
     linear = linear.requires_grad_(False).to(dtype)
-    linear.prepare()
+    linear.pack_weights()
     return linear
 
 

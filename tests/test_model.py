@@ -9,8 +9,10 @@ import transformers
 import kernels
 from cli import UserError
 from conftest import CONFIG, random_model, write_checkpoint
+from engine import load_model
+from families import from_config
 from linear import Linear, linear_for
-from model import PRESETS, ModelArgs, Transformer, find_device
+from model import Transformer
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
 
@@ -68,68 +70,18 @@ def test_logits_equal_transformers(name, shards, tmp_path):
     theirs = hf_model(*MODELS[name])
     theirs.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "100KB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards > 1)
-    ours = Transformer.from_checkpoint(convert(tmp_path, torch.float32), dtype=torch.float32)
+    ours = load_model(convert(tmp_path, torch.float32), "cpu", torch.float32)
 
     tokens = torch.randint(128, (2, 150), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(150).expand(2, 150)
     expected = theirs(tokens).logits
     ours.setup_caches(2, 200)
-    assert worst(ours(tokens, positions, ours.kv_steps(150)), expected) < 1e-4
+    assert worst(ours(tokens, positions, ours.kv_steps(150)).logits, expected) < 1e-4
     ours.setup_caches(2, 200)  # an empty cache again
     for t in range(150):
         column = slice(t, t + 1)
-        logits = ours(tokens[:, column], positions[:, column], ours.kv_steps(t + 1))
+        logits = ours(tokens[:, column], positions[:, column], ours.kv_steps(t + 1)).logits
         assert worst(logits, expected[:, column]) < 1e-4, t
-
-
-def test_old_config_spelling_of_rope_scaling():
-    new = ModelArgs.from_config(CONFIG | {"rope_parameters": LLAMA3})
-    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
-    old = ModelArgs.from_config(CONFIG | {"rope_theta": 500000.0, "rope_scaling": scaling})
-    assert new.rope_base == old.rope_base == 500000.0
-    assert scaling.items() <= new.rope_scaling.items() and old.rope_scaling == scaling
-
-
-def test_sliding_window_bounds_the_context():
-    mistral = SHAPE | {"model_type": "mistral", "sliding_window": 100}
-    assert ModelArgs.from_config(mistral).block_size == 100
-    qwen = SHAPE | {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": False}
-    assert ModelArgs.from_config(qwen).block_size == 256
-    assert ModelArgs.from_config(qwen | {"use_sliding_window": True}).block_size == 100
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"model_type": "gemma3"}, "gemma3"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial"),
-    ],
-)
-def test_what_the_network_is_not_is_refused_by_name(change, named):
-    with pytest.raises(UserError, match=named):
-        ModelArgs.from_config(CONFIG | change)
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"hidden_size": None}, "dim is None"),
-        ({"hidden_size": "64"}, "dim is '64'"),
-        ({"num_hidden_layers": 2.0}, "n_layer is 2.0"),
-        ({"num_attention_heads": 0}, "n_head is 0"),
-        ({"max_position_embeddings": None}, "block_size is None"),
-        ({"rms_norm_eps": "x"}, "norm_eps is 'x'"),
-        ({"rope_theta": "a"}, "rope_base is 'a'"),
-        ({"rope_scaling": "linear"}, "rope_scaling"),
-        ({"rope_scaling": {"type": "linear"}}, "factor"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-    ],
-)
-def test_a_config_with_a_value_of_the_wrong_kind_is_refused(change, named):
-    with pytest.raises(UserError, match=named):
-        ModelArgs.from_config(CONFIG | change)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -138,58 +90,8 @@ def test_a_tied_embedding_is_one_tensor_in_every_precision(precision, tmp_path):
     state = torch.load(path)
     del state["output.weight"]
     torch.save(state, path)
-    model = Transformer.from_checkpoint(path, dtype=precision)
+    model = load_model(path, "cpu", precision)
     assert model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
-
-
-def test_a_config_that_lacks_a_size_is_refused():
-    with pytest.raises(UserError, match="hidden_size"):
-        ModelArgs.from_config({k: v for k, v in CONFIG.items() if k != "hidden_size"})
-
-
-@pytest.mark.parametrize(
-    "preset, parameters",  # as published, in millions
-    [
-        ("llama-2-7b", 6738.4),
-        ("llama-2-13b", 13015.9),
-        ("llama-2-70b", 68976.6),
-        ("codellama-7b", 6738.5),
-        ("codellama-34b", 33744.0),
-        ("llama-3-8b", 8030.3),
-        ("llama-3-70b", 70553.7),
-        ("llama-3.1-8b", 8030.3),
-        ("llama-3.1-405b", 405853.4),
-        ("llama-3.2-1b", 1235.8),
-        ("llama-3.2-3b", 3212.7),
-        ("mistral-7b", 7241.7),
-        ("tinyllama-1.1b", 1100.0),
-        ("smollm2-135m", 134.5),
-        ("smollm2-360m", 361.8),
-        ("smollm2-1.7b", 1711.4),
-        ("stories15m", 15.2),
-        ("stories260k", 0.26),
-    ],
-)
-def test_presets_have_the_published_size(preset, parameters):
-    with torch.device("meta"):
-        model = Transformer(PRESETS[preset])
-    if PRESETS[preset].tied:
-        model.output.weight = model.tok_embeddings.weight
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, rel=2e-3)
-
-
-def test_a_folder_without_config_is_taken_by_its_name(tmp_path):
-    for folder, preset in (
-        ("Llama-2-7b-chat-hf", "llama-2-7b"),
-        ("Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
-        ("CodeLlama-7b-Python-hf", "codellama-7b-python"),
-        ("stories260K", "stories260k"),
-    ):
-        (tmp_path / folder).mkdir()
-        assert ModelArgs.from_folder(tmp_path / folder) == PRESETS[preset]
-    (tmp_path / "my-model").mkdir()
-    with pytest.raises(UserError, match="my-model has no config.json.*stories260k"):
-        ModelArgs.from_folder(tmp_path / "my-model")
 
 
 def test_separate_q_k_v_of_older_files_load(tmp_path):
@@ -203,14 +105,14 @@ def test_separate_q_k_v_of_older_files_load(tmp_path):
         else:
             split[name] = tensor
     torch.save(split | {"rope.freqs": torch.zeros(4)}, path)
-    loaded = Transformer.from_checkpoint(path, dtype=torch.float32).state_dict()
+    loaded = load_model(path, "cpu", torch.float32).state_dict()
     assert loaded.keys() == whole.keys()
     assert all(torch.equal(loaded[name], whole[name]) for name in whole)
 
 
 def test_loading_maps_the_file_and_copies_nothing(tmp_path):
     path = write_checkpoint(tmp_path, dtype=torch.bfloat16)
-    model = Transformer.from_checkpoint(path)
+    model = load_model(path, "cpu")
     starts = [p.untyped_storage().data_ptr() for p in model.parameters()]
     assert max(starts) - min(starts) < path.stat().st_size  # all lie in one mapping of the file
     with open("/proc/self/maps") as maps:
@@ -221,9 +123,9 @@ def test_loading_maps_the_file_and_copies_nothing(tmp_path):
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16])
 def test_precision_is_what_was_asked_for(precision, tmp_path):
-    model = Transformer.from_checkpoint(write_checkpoint(tmp_path), dtype=precision)
+    model = load_model(write_checkpoint(tmp_path), "cpu", precision)
     model.setup_caches(1, 16)
-    logits = model(torch.tensor([[1]]), torch.tensor([[0]]), 16)
+    logits = model(torch.tensor([[1]]), torch.tensor([[0]]), 16).logits
     assert (
         logits.dtype == precision and model.layers[0].attention.kv_cache.k_cache.dtype == precision
     )
@@ -242,7 +144,18 @@ def test_precision_is_what_was_asked_for(precision, tmp_path):
             lambda path: torch.save({"output.weight": torch.eye(3).to_sparse()}, path),
             "not a whole state dict",
         ),
-        (lambda path: torch.save({}, path), "lacks the tensor tok_embeddings.weight"),
+        (lambda path: torch.save({1: torch.ones(1)}, path), "not a whole state dict"),
+        (lambda path: torch.save({}, path), "holds 0 layers, not 2"),
+        (
+            lambda path: torch.save(torch.load(path) | {"layers.2.x": torch.ones(1)}, path),
+            "holds 3 layers, not 2",
+        ),
+        (
+            lambda path: torch.save(
+                {"layers.0.x": torch.ones(1), "layers.1.x": torch.ones(1)}, path
+            ),
+            "lacks the tensor tok_embeddings.weight",
+        ),
         (
             lambda path: torch.save(random_model(CONFIG | {"vocab_size": 301}).state_dict(), path),
             r"tok_embeddings.weight is float \[301, 48\], not float \[300, 48\]",
@@ -258,18 +171,18 @@ def test_a_checkpoint_that_does_not_load_says_why(damage, named, tmp_path):
     path = write_checkpoint(tmp_path)
     damage(path)
     with pytest.raises(UserError, match=named):
-        Transformer.from_checkpoint(path)
+        load_model(path, "cpu")
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     path = write_checkpoint(tmp_path)
     torch.save({"tok_embeddings.weight": Path("code")}, path)
     with pytest.raises(UserError, match="not a whole state dict"):
-        Transformer.from_checkpoint(path)
+        load_model(path, "cpu")
 
 
 def test_kv_steps_cover_what_is_filled_and_little_more():
-    model = Transformer(ModelArgs.from_config(CONFIG))
+    model = Transformer(from_config(CONFIG))
     model.max_seq_length = 8000
     for length in range(1, 8001):
         steps = model.kv_steps(length)
@@ -287,16 +200,6 @@ def test_bytes_per_step_counts_weights_once_and_the_cache():
     assert model.bytes_per_step(10) == weights + 3 * 10 * per_position
 
 
-def test_a_device_that_is_not_here_is_refused(monkeypatch):
-    for name in ("gpu", "cuda:99", "meta"):
-        with pytest.raises(UserError, match=name):
-            find_device(name)
-    monkeypatch.setenv("DEVICE", "nowhere")
-    with pytest.raises(UserError, match="nowhere"):
-        find_device(None)
-    assert find_device("cpu") == torch.device("cpu")
-
-
 @pytest.mark.skipif(
     not kernels.supported(),
     reason="promised for kernels.py alone, which needs the bf16 instructions of AVX-512",
@@ -312,14 +215,14 @@ def test_logits_in_bf16_are_the_same_bits_for_one_token_and_for_several(scheme):
             stored = linear_for(linear, tensors)
             stored.load_state_dict(tensors, assign=True)
             model.set_submodule(name, stored)
-    model.bfloat16().prepare()
-    assert model.attends
+    model.bfloat16().pack_weights()
     ids = torch.randint(300, (1, 90), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(90)[None]
     outcomes = []
     for step in (1, 6, 30):
         model.setup_caches(1, 128)
+        assert model.layers[0].attention.kv_cache.has_kernels
         parts = zip(ids.split(step, 1), positions.split(step, 1), strict=True)
-        logits = [model(idx, pos, model.kv_steps(int(pos.max()) + 1)) for idx, pos in parts]
+        logits = [model(idx, pos, model.kv_steps(int(pos.max()) + 1)).logits for idx, pos in parts]
         outcomes.append(torch.cat(logits, 1))
     assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])

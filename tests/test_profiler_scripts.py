@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import cli
+import engine
 import generate
 import quantize
 from cli import UserError
 from conftest import CONFIG, ROOT, write_checkpoint
+from engine import load_model
 from linear import Int4Linear, Int8Linear, Linear
-from model import Transformer
 from profiler_scripts import layer_accuracy_analysis as accuracy
 from profiler_scripts import layer_identification as identification
 from profiler_scripts import profiler_analysis as profiling
@@ -290,15 +291,15 @@ def test_traces_of_generate_are_read(run, hybrid, tmp_path, compile):
 
 
 def test_nothing_of_the_ranges_stays(folder):
-    model = Transformer.from_checkpoint(folder / "model.pth")
+    model = load_model(folder / "model.pth", "cpu")
     model.setup_caches(1, 64)
-    engine, rope = generate.Engine(model, None), sys.modules["model"].apply_rotary_emb
-    with pytest.raises(ZeroDivisionError), traced(engine, vars(generate)):
-        engine.prefill([[1, 2, 3]])
-        assert engine.decode_step is not model
+    running, rope = engine.Engine(model), sys.modules["model"].apply_rotary_emb
+    with pytest.raises(ZeroDivisionError), traced(running, vars(engine)):
+        running.prefill([[1, 2, 3]])
+        assert running.decode_step is not model
         raise ZeroDivisionError
-    assert engine.decode_step is model and engine.prefill_step is model
-    assert not hasattr(generate.sample, "__wrapped__") and not hasattr(rope, "__wrapped__")
+    assert running.decode_step is model and running.prefill_step is model
+    assert not hasattr(engine.sample, "__wrapped__") and not hasattr(rope, "__wrapped__")
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -320,7 +321,7 @@ def analysis(folder):
 
 @pytest.fixture(scope="module")
 def variants(folder):
-    return accuracy.make_variants(Transformer.from_checkpoint(folder / "model.pth"), 32)
+    return accuracy.make_variants(load_model(folder / "model.pth", "cpu"), 32)
 
 
 def text_losses(folder, model, metric="kl"):
@@ -401,10 +402,10 @@ def test_the_list_makes_the_checkpoint_that_was_measured(run, folder, analysis):
     code, out, err = run(quantize, "--checkpoint_path", folder / "model.pth", *flags, *label)
     assert code == 0, err
     assert f"{float(rows['chosen']['bits']):.2f} bits a weight" in out
-    made = Transformer.from_checkpoint(folder / "model_listed_custom_hybrid_int8_int4.g32.pth")
+    made = load_model(folder / "model_listed_custom_hybrid_int8_int4.g32.pth", "cpu")
     for name in NAMES:
         assert type(made.get_submodule(name)) is (Int8Linear if name in listed else Int4Linear)
-    losses = text_losses(folder, Transformer.from_checkpoint(folder / "model.pth"))
+    losses = text_losses(folder, load_model(folder / "model.pth", "cpu"))
     losses.model = made
     measured = float(rows["chosen"]["held_back_loss"])
     assert losses("held back").mean().item() == pytest.approx(measured, rel=1e-3)
@@ -482,7 +483,7 @@ def test_a_task_of_lm_eval_ranks(run, folder, tmp_path, monkeypatch, few_tasks):
     assert len([row for row in rows if row["row"] == "layer"]) == len(NAMES)
     accuracies = {-float(row["ranking_loss"]) for row in rows if row["row"] == "model"}
     assert accuracies <= {0.0, 0.25, 0.5, 0.75, 1.0}  # of four documents
-    scorer = accuracy.Evaluator(*generate.load(folder / "model.pth", CPU, "bfloat16"), 8, 128)
+    scorer = accuracy.Evaluator(*engine.load(folder / "model.pth", CPU, "bfloat16"), 8, 128)
     manager = lm_eval.tasks.TaskManager(include_path=tmp_path)
     expected = lm_eval.simple_evaluate(scorer, tasks=["tiny_choice"], task_manager=manager, limit=4)
     (own,) = (float(row["ranking_loss"]) for row in rows if row["name"] == "bf16")
@@ -497,7 +498,7 @@ def test_every_linear_is_listed(run, folder, hybrid, analysis):
     assert code == 0, err
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
     listed = {cells[0]: cells for cells in lines if cells and cells[0] in NAMES}
-    model = Transformer.from_checkpoint(hybrid)
+    model = load_model(hybrid, "cpu")
     assert [*listed] == NAMES
     whole = sum(parameter.nbytes for parameter in model.parameters())
     for name, (_, shape, parameters, size, scheme, share) in listed.items():

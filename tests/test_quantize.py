@@ -10,8 +10,8 @@ import cli
 import quantize as cli_quantize
 from cli import UserError
 from conftest import CONFIG, random_model, write_checkpoint
+from engine import load_model
 from linear import Int4Linear, Int8ActivationLinear, Int8Linear, Linear
-from model import Transformer
 
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 QWEN = CONFIG | SHAPE | {"model_type": "qwen2", "tie_word_embeddings": True}
@@ -102,7 +102,7 @@ def test_a_mode_makes_its_file(run, path, tmp_path, flags, name, schemes):
 
     elsewhere = path.with_name("renamed.pth")  # the name says nothing to the loader
     made.rename(elsewhere)
-    model = Transformer.from_checkpoint(elsewhere)
+    model = load_model(elsewhere, "cpu")
     assert schemes_of(model) == schemes
     source = torch.load(path)
     assert model.tok_embeddings.weight.equal(source["tok_embeddings.weight"])
@@ -128,7 +128,7 @@ def test_gptq_calibrates_on_a_task_of_lm_eval(run, path, tmp_path, monkeypatch):
     flags = ["--calibration_tasks", "some_pages", "--include_path", tmp_path]
     code, _, err = run("--mode", "int4-gptq", *flags, "--calibration_seq_length", "50")
     assert code == 0, err
-    model = Transformer.from_checkpoint(path.with_name("model_int4-gptq.g32.pth"))
+    model = load_model(path.with_name("model_int4-gptq.g32.pth"), "cpu")
     assert set(schemes_of(model).values()) == {"int4"}
 
 
@@ -136,7 +136,7 @@ def test_gptq_calibrates_on_a_task_of_lm_eval(run, path, tmp_path, monkeypatch):
 def test_logits_are_those_of_the_dequantized_weights(run, path, mode):
     run("--mode", mode)
     (made,) = path.parent.glob("model_*.pth")
-    model = Transformer.from_checkpoint(made, dtype=torch.float32)
+    model = load_model(made, "cpu", torch.float32)
     reference = random_model(QWEN, torch.bfloat16).float()
     for name in NAMES:
         weight = model.get_submodule(name).dequantize()
@@ -146,8 +146,8 @@ def test_logits_are_those_of_the_dequantized_weights(run, path, mode):
     logits = []
     for either in (model, reference):
         either.setup_caches(1, 128)
-        logits.append(either(tokens, positions, 128))
-        one = either(tokens[:, :1], positions[:, :1], 64)  # few rows: another kernel
+        logits.append(either(tokens, positions, 128).logits)
+        one = either(tokens[:, :1], positions[:, :1], 64).logits  # few rows: another kernel
         logits[-1] = torch.cat((logits[-1], one), 1)
     difference = (logits[0] - logits[1]).norm() / logits[1].norm()
     assert difference < (0.1 if mode == "int8-activation" else 1e-5)
@@ -168,7 +168,7 @@ def test_critical_layers_from_a_file(run, path, tmp_path):
     (tmp_path / "layers.txt").write_text("layers.0.feed_forward.w3.weight\noutput\n")
     code, _, err = run("--mode", "hybrid", "--critical_layers", f"@{tmp_path / 'layers.txt'}")
     assert code == 0, err
-    model = Transformer.from_checkpoint(path.with_name("model_custom_hybrid_int8_int4.g32.pth"))
+    model = load_model(path.with_name("model_custom_hybrid_int8_int4.g32.pth"), "cpu")
     int8 = [name for name, scheme in schemes_of(model).items() if scheme == "int8"]
     assert int8 == ["layers.0.feed_forward.w3", "output"]
 
@@ -195,6 +195,19 @@ def test_critical_layers_from_a_file(run, path, tmp_path):
 def test_a_mistake_is_one_line_and_leaves_no_file(run, path, flags, named):
     code, out, err = run(*flags)
     assert code == 2 and named in err and err.count("\n") == 1 and out == ""
+    assert [file.name for file in path.parent.glob("*.pth")] == ["model.pth"]
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4-gptq"])
+@pytest.mark.parametrize("name", ["layers.1.feed_forward.w2.weight", "layers.0.ffn_norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(run, path, tmp_path, name, value, mode):
+    state = torch.load(path)
+    state[name].view(-1)[7] = value
+    torch.save(state, path)
+    gptq = ["--calibration_seq_length", "64", "--calibration_file", text_file(tmp_path)]
+    code, out, err = run("--mode", mode, *(gptq if "gptq" in mode else []))
+    assert code == 2 and f"{name} has values that are NaN or infinite" in err and out == ""
     assert [file.name for file in path.parent.glob("*.pth")] == ["model.pth"]
 
 
@@ -232,7 +245,7 @@ def test_tensors_that_do_not_fit_are_named(run, path, name, change, named):
     state = torch.load(made)
     torch.save(state | {name: change(state[name])}, made)
     with pytest.raises(UserError, match=named):
-        Transformer.from_checkpoint(made)
+        load_model(made, "cpu")
 
 
 def test_int4_groups_that_do_not_fit_are_named(run, path):
@@ -242,4 +255,4 @@ def test_int4_groups_that_do_not_fit_are_named(run, path):
     grid = state["output.scales_and_zeros"]
     torch.save(state | {"output.scales_and_zeros": torch.cat((grid, grid[:1]))}, made)
     with pytest.raises(UserError, match="output.scales_and_zeros"):
-        Transformer.from_checkpoint(made)
+        load_model(made, "cpu")
