@@ -5,9 +5,11 @@ import io
 import json
 import os
 import signal
+import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -430,15 +432,83 @@ def test_a_missing_tokenizer_is_noticed(run_cli, tmp_path):
     assert code == 2 and str(tmp_path) in err and err.count("\n") == 1
 
 
-def test_a_pipe_and_a_link_are_written_to_and_not_replaced(run_cli, tmp_path):
+@pytest.mark.parametrize("flag, key", [("--json", "samples"), ("--profile", "traceEvents")])
+def test_a_pipe_and_a_link_are_written_to_and_not_replaced(run_cli, tmp_path, flag, key):
     (tmp_path / "link").symlink_to(tmp_path / "real.json")
-    assert run_cli("--max_new_tokens", "2", "--json", tmp_path / "link")[0] == 0
-    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "real.json").read_text())
+    assert run_cli("--max_new_tokens", "2", flag, tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert key in json.loads((tmp_path / "real.json").read_text())
+    os.mkfifo(tmp_path / "pipe")
+    with tempfile.TemporaryFile() as received:  # a trace is more than a pipe holds
+        reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=received)
+        assert run_cli("--max_new_tokens", "2", flag, tmp_path / "pipe")[0] == 0
+        assert reader.wait(timeout=30) == 0
+        received.seek(0)
+        assert key in json.load(received)
+    assert (tmp_path / "pipe").is_fifo()
+    assert {file.name for file in tmp_path.iterdir()} == {"link", "real.json", "pipe"}
+
+
+@pytest.mark.parametrize("flag", ["--json", "--profile"])
+def test_a_device_stays_a_device(run_cli, tmp_path, flag):
+    null = make_device(tmp_path / "null", 3)
+    assert run_cli("--max_new_tokens", "2", flag, null)[0] == 0
+    assert null.is_char_device() and list(tmp_path.iterdir()) == [null]
+
+
+def test_a_device_that_is_full_is_one_sentence(run_cli, tmp_path):
+    full = make_device(tmp_path / "full", 7)
+    code, _, err = run_cli("--max_new_tokens", "2", "--json", full)
+    assert code == 2 and f"cannot write {full}" in err and "Traceback" not in err
+
+
+def make_device(path: Path, minor: int) -> Path:
+    """A device node of our own like /dev/null (3) or /dev/full (7); skips without the right to."""
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+        path.open("wb").close()
+    except PermissionError:
+        pytest.skip("only root makes devices, and only where the file system takes them")
+    return path
+
+
+def test_a_library_that_renames_what_it_writes_reaches_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
-    assert run_cli("--max_new_tokens", "2", "--json", tmp_path / "pipe")[0] == 0
-    assert json.loads(reader.communicate(timeout=30)[0])["samples"]
+    with cli.replacing(tmp_path / "pipe") as temporary:
+        other = temporary.with_name(temporary.name + ".tmp")
+        other.write_text("whole")
+        other.replace(temporary)
+    assert reader.communicate(timeout=30)[0] == b"whole"
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_block_that_fails_leaves_what_was_there(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("old")
+    for name in ("pipe", "file"):  # nobody reads the pipe: to open it would hang
+        with pytest.raises(ZeroDivisionError), cli.replacing(tmp_path / name) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "file").read_text() == "old"
+    assert {file.name for file in tmp_path.iterdir()} == {"pipe", "file"}
+
+
+@pytest.mark.parametrize("sink", ["| cat >", ">", ">>"])
+def test_figures_on_standard_output_follow_the_text(checkpoint, tmp_path, sink):
+    """A redirected standard output is a regular file, too, and the text in it must not be lost."""
+    flags = f"--checkpoint_path {checkpoint} --prompt Hello --max_new_tokens 2 --json /dev/stdout"
+    line = f"{sys.executable} {ROOT}/generate.py --device cpu {flags} {sink} {tmp_path}/out"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out").read_text()
+    assert text.startswith("Hello") and json.loads(text[text.index("\n{") :])["samples"]
+
+
+def test_a_loop_of_links_is_one_sentence(run_cli, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    code, _, err = run_cli("--max_new_tokens", "1", "--json", tmp_path / "loop" / "figures.json")
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_prompts_are_lines_and_nothing_else_divides_them(run_cli, tmp_path):
