@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict:
     """Read a JSON object; `UserError` if the file cannot be read or is something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} as JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object; fetch the file again")

@@ -13,8 +13,8 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10",
     py_modules=[
-        *("cli", "kernels", "linear", "model", "tokenizer", "tp", "prefill_cache", "ranges"),
-        *("generate", "gptq", "quantize", "eval"),
+        *("chat_template", "cli", "kernels", "linear", "model", "tokenizer", "tp"),
+        *("prefill_cache", "ranges", "generate", "gptq", "quantize", "eval"),
     ],
     packages=[""],
     package_data={"": ["kernels.cpp"]},

