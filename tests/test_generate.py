@@ -1,15 +1,20 @@
 """Generation: the text is the model's, whatever the batch, the cache and the compiler."""
 
+import contextlib
+import fcntl
 import functools
 import io
 import json
 import os
+import pty
+import select
 import signal
 import stat
 import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
 
@@ -539,6 +544,105 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
     out, err = process.communicate(b"/quit\n", timeout=60)
     assert process.returncode == 0, err.decode()
     assert b"Ctrl-C" in err.splitlines()[-2]
+
+
+class Terminal:
+    """generate.py --interactive on a terminal of its own; its answers say what arrived.
+
+    They are the errors of a chat template, so nothing is generated: the text's length and its end.
+    """
+
+    TEMPLATE = "{% set t = messages[-1].content %}{{ raise_exception(t | length ~ ':' ~ t[-20:]) }}"
+
+    def __init__(self, folder: Path, command=None, stdout=None):
+        path = write_checkpoint(folder / "checkpoint")
+        (path.parent / "chat_template.jinja").write_text(self.TEMPLATE)
+        (folder / "home").mkdir()
+        self.home, self.errors, self.shown = folder / "home", folder / "errors", b""
+        self.keys, terminal = pty.openpty()
+        flags = ["--checkpoint_path", path, "--device", "cpu", "--interactive"]
+        env = os.environ | {"HOME": str(self.home), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+        with self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, *(command or [ROOT / "generate.py"]), *flags],
+                stdin=terminal,
+                stdout=stdout or terminal,
+                stderr=errors,
+                cwd=self.home,
+                env=env,
+                start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # for Ctrl-C
+            )
+        os.close(terminal)
+        self.wait("Ctrl-C stops an answer")
+        time.sleep(0.5)  # the prompt comes next
+
+    def wait(self, text: str) -> str:
+        """Wait for a text on standard error; everything that is there."""
+        for _ in range(600):
+            if select.select([self.keys], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):  # the program has ended
+                    self.shown += os.read(self.keys, 65536)
+            if text in (said := self.errors.read_text()):
+                return said
+        raise AssertionError(f"{text!r} is not in {said!r}")
+
+    def type(self, text: str) -> None:
+        data = text.encode()
+        while data:  # as a person's terminal: it takes what has been shown before it sends more
+            data = data[os.write(self.keys, data[:1000]) :]
+            while select.select([self.keys], [], [], 0.01)[0]:
+                self.shown += os.read(self.keys, 65536)
+
+    def end(self) -> int:
+        self.type("\x04")  # Ctrl-D
+        code = self.process.wait(timeout=30)
+        os.close(self.keys)
+        return code
+
+
+def test_a_terminal_has_whole_lines_and_the_keys_of_a_shell(tmp_path):
+    terminal = Terminal(tmp_path)
+    terminal.type("x" * 9990 + "the end\u00fc\u4e16!\r")  # as one paste
+    terminal.wait("(10000:" + "x" * 10 + "the end\u00fc\u4e16!)")
+    assert b"> " in terminal.shown
+    terminal.type("Gr\u00fce \u4e16\x1b[D\x1b[D\x1b[D\u00df\r")  # two to the left, then a letter
+    terminal.wait("(7:Gr\u00fc\u00dfe \u4e16)")
+    terminal.type("\x1b[A!\r")  # the line before, with one more letter
+    terminal.wait("(8:Gr\u00fc\u00dfe \u4e16!)")
+    terminal.shown = b""
+    terminal.type("\x7f" * 3 + "\x15")  # there is nothing to erase: the prompt stays
+    assert b"\b" not in terminal.shown and b"\x1b[K" not in terminal.shown
+    terminal.type("given up\x03")  # Ctrl-C
+    time.sleep(0.5)
+    terminal.type("a\tb\r")  # a tab is a tab; the error shows it as a space
+    terminal.wait("(3:a b)")
+    assert terminal.end() == 0
+    assert "given up" not in terminal.errors.read_text()
+    assert not list(terminal.home.iterdir())  # no history on the disk
+
+
+def test_a_line_that_the_terminal_has_cut_is_not_used(tmp_path):
+    with (tmp_path / "out").open("wb") as out:  # no keys of a shell, so the terminal's own limit
+        terminal = Terminal(tmp_path, stdout=out)
+        terminal.type("x" * 10000 + "\n")
+        said = terminal.wait("the terminal may have cut this line at 4095 bytes")
+        terminal.type("y" * 4000 + "\n")
+        said = terminal.wait("(4000:")
+        assert "(4095:" not in said and said.count("cut this line") == 1
+        assert terminal.end() == 0
+
+
+def test_a_python_without_readline_talks_all_the_same(tmp_path):
+    code = f"import sys, runpy; sys.modules['readline'] = None; sys.path[0] = {str(ROOT)!r}"
+    code += f"; runpy.run_path({str(ROOT / 'generate.py')!r}, run_name='__main__')"
+    terminal = Terminal(tmp_path, command=["-c", code])
+    terminal.type("hello\n")
+    said = terminal.wait("(5:hello)")
+    assert "readline" not in said
+    terminal.type("x" * 5000 + "\n")
+    terminal.wait("cut this line")
+    assert terminal.end() == 0
 
 
 def test_only_torch_and_the_tokenizers_library_are_imported(checkpoint):
