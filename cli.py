@@ -11,8 +11,10 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,18 +104,38 @@ def read_json(path: Path) -> dict:
     """Read a JSON object; `UserError` if the file cannot be read or is something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} as JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object; fetch the file again")
     return value
 
 
+def own_output(path: Path) -> int | None:
+    """The descriptor of standard output or error if `path` is that file, as /dev/stdout is."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def is_stream(path: Path) -> bool:
+    """Whether to write into what is there: a device, a pipe, or this program's own output."""
+    special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    return special or own_output(path) is not None
+
+
 def output_file(text: str) -> Path:
     """An argparse type: a path that can be written, known before hours of work are spent."""
-    path = Path(text).resolve()
-    parent = next(folder for folder in path.parents if folder.exists())
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+    if is_stream(Path(text)):  # not resolved: /dev/stdout leads to a name that cannot be opened
+        path = Path(text)
+        writable = os.access(path, os.W_OK)
+    else:  # os.path, as pathlib raises on a loop of links and on a folder that is not to be read
+        path = Path(os.path.realpath(text))
+        folder = next(folder for folder in path.parents if os.path.lexists(folder))
+        writable = folder.is_dir() and os.access(folder, os.W_OK) and not os.path.isdir(path)
+    if not writable:
         raise argparse.ArgumentTypeError(
             f"{text!r} cannot be written; name a file in a folder of yours"
         )
@@ -122,18 +144,40 @@ def output_file(text: str) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, renamed onto `path` only if the block succeeds."""
-    path = path.resolve()  # of a link, the file it points to is replaced
+    """Yield a temporary name for what is to be at `path`; it gets there if the block succeeds.
+
+    A regular file is replaced by a rename, so it is whole or not there at all. A device or a pipe
+    stays what it is and is sent the bytes: the block may itself rename what it writes.
+    """
+    try:
+        with (sending if is_stream(path) else renaming)(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}); is there room and permission?") from None
+
+
+@contextlib.contextmanager
+def renaming(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`, renamed onto it afterwards; of a link, onto where it leads."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():  # a device or a pipe
-            yield path
-        else:
-            yield temporary
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}); is there room and permission?") from None
+        yield temporary
+        os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def sending(path: Path) -> Iterator[Path]:
+    """Yield a name in a folder of its own, whose bytes are written into `path` afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder, path.name)
+        yield temporary
+        sys.stdout.flush()
+        own = own_output(path)  # goes on where the text ends, even in a regular file
+        target = path if own is None else os.dup(own)
+        with temporary.open("rb") as source, open(target, "wb") as sink:
+            shutil.copyfileobj(source, sink)

@@ -143,15 +143,35 @@ def user_message(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
+TTY_LINE = 4095  # bytes: Linux drops what is longer on a line that the terminal itself edits
+
+
+def edits_lines() -> bool:
+    """Whether `input` has the keys of a shell and no limit on a line: that takes `readline`."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        import readline  # noqa: F401  its presence is all that `input` asks for
+    except ImportError:
+        return False
+    return True
+
+
 def read_line() -> str:
     """What the user types next: /quit at the end of the input, nothing after Ctrl-C."""
+    whole = edits_lines() or not sys.stdin.isatty()
     try:
-        return input("> ").strip()
+        text = input("> ")
     except EOFError:
         return "/quit"
     except KeyboardInterrupt:
         print()
         return ""
+    if not whole and len(text.encode(errors="replace")) >= TTY_LINE:
+        cut = f"the terminal may have cut this line at {TTY_LINE} bytes, so it was not used"
+        print(f"{cut}; pipe the text in, or leave standard output alone", file=sys.stderr)
+        return ""
+    return text.strip()
 
 
 class Session:

@@ -13,8 +13,9 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10",
     py_modules=[
-        *("cli", "kernels", "linear", "model", "tokenizer", "tp", "prefill_cache", "ranges"),
-        *("engine", "families", "speculate", "generate", "gptq", "quantize", "eval"),
+        *("cli", "build_cpp", "kernels", "linear", "tokenizer", "chat_template", "model"),
+        *("families", "engine", "speculate", "prefill_cache", "tp", "ranges", "gptq"),
+        *("generate", "quantize", "eval"),
     ],
     packages=[""],
     package_data={"": ["kernels.cpp", "presets.json"]},

@@ -13,12 +13,15 @@ import base64
 import codecs
 import json
 import re
-import time
 from pathlib import Path
 
+from chat_template import Renderer
 from cli import UserError, read_json
 
 MARK = "\ufdd0"  # Unicode sets this code point aside for use inside programs: no text has it
+
+# No published vocabulary has a sixtieth of this, and no gap in one is as wide.
+MAX_IDS = 2**24
 
 # Byte-level BPE spells a byte as a printable character: itself, or one from U+0100 on.
 OTHERS = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
@@ -51,6 +54,17 @@ def clean(text: str) -> str:
     return re.sub(f"[\ud800-\udfff{MARK}]", "\ufffd", text)
 
 
+def default_template(value, path: Path) -> str | None:
+    """The chat template that a tokenizer_config.json holds, alone or in a list of named ones."""
+    value = "" if value is None else value
+    named = value if isinstance(value, list) else [{"name": "default", "template": value}]
+    texts = [[x.get(k) for k in ("name", "template")] for x in named if isinstance(x, dict)]
+    if len(texts) < len(named) or not all(isinstance(x, str) for pair in texts for x in pair):
+        what = f"the chat_template in {path} is neither a text nor a list of named ones"
+        raise UserError(f"{what}; fetch the file again")
+    return dict(texts).get("default")
+
+
 def any_of(names: dict[str, int]) -> str:
     """A regular expression for any of `names`, the longest one that is there."""
     return "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
@@ -81,6 +95,7 @@ class Tokenizer:
         self.means = {i: [pieces[c] for c in name if c in pieces] for name, i in names}
         self.means |= {name: [i] for name, i in names}
         self.bos_id, self.eos_ids = (bos_id if bos_id >= 0 else None), {eos_id}
+        self.renderer = Renderer()
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -98,13 +113,13 @@ class Tokenizer:
         self.eos_ids |= {self.controls.get(name) for name in ends}
         for ids in [other.get("eos_token_id") for other in others]:
             self.eos_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
-        self.eos_ids &= set(range(self.vocab_size))
+        self.eos_ids = {i for i in self.eos_ids - {None} if 0 <= i < self.vocab_size}
 
-        template, path = config.get("chat_template"), folder / "chat_template.jinja"
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        path = folder / "chat_template.jinja"
         if path.is_file():
             template = path.read_text(encoding="utf-8", errors="replace")
+        else:
+            template = default_template(config.get("chat_template"), files[0])
         built_in = (chat for name, chat in BUILT_IN.items() if name in self.controls)
         self.chat_template = template or next(built_in, None)
         return self
@@ -128,25 +143,17 @@ class Tokenizer:
         Names of control tokens within a message hold a MARK while the template is filled in, and
         so stay text. Only the assistant's own visible ones, such as </think>, are what they say.
         """
-        import jinja2.sandbox
-
-        def fail(message: str):
-            raise jinja2.TemplateError(message)
 
         def guard(role: str, content: str) -> str:
             names = any_of(self.special if role == "assistant" else self.controls)
             return re.sub(f"(?={names}).", rf"\g<0>{MARK}", clean(content), flags=re.DOTALL)
 
-        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        sandbox.globals |= {"raise_exception": fail, "strftime_now": time.strftime}
-        sandbox.filters["tojson"] = lambda x, **k: json.dumps(x, **({"ensure_ascii": False} | k))
         messages = [m | {"content": guard(m["role"], m["content"])} for m in messages]
+        template = self.chat_template or "{{ raise_exception('missing') }}"
+        variables = {"messages": messages, "add_generation_prompt": True} | self.names
         try:
-            template = sandbox.from_string(self.chat_template or "{{ raise_exception('missing') }}")
-            text = template.render(messages=messages, add_generation_prompt=True, **self.names)
-        except Exception as error:  # a template is a program: it can fail in any way
+            text = self.renderer.render(template, variables)
+        except (ValueError, OSError) as error:
             raise UserError(f"the chat template fails ({error}); --no-chat goes without") from None
         names = f"{MARK}|({any_of(self.controls)})"
         return self.encode_marked(re.sub(names, lambda m: MARK + m[1] if m[1] else "", text))
@@ -226,7 +233,12 @@ def open_json(data: bytes) -> Tokenizer:
     content = json.loads(data)
     special, visible = {}, {}
     for token in content["added_tokens"]:
-        (special if token["special"] else visible)[token["content"]] = token["id"]
+        name, i = token["content"], token["id"]
+        if not isinstance(name, str) or not name or name != clean(name):
+            raise ValueError(f"{name!r:.80} is no name of an added token")
+        if type(i) is not int or not 0 <= i < MAX_IDS:
+            raise ValueError(f"the id of added token {name!r:.80} is not a number below {MAX_IDS}")
+        (special if token["special"] else visible)[name] = i
     content |= {"added_tokens": [], "truncation": None, "padding": None}
     library = tokenizers.Tokenizer.from_str(json.dumps(content))
     first, empty = (library.encode(text).ids[:1] for text in ("a", ""))
@@ -241,6 +253,8 @@ def open_ranks(data: bytes) -> Tokenizer:
     tokens = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if list(tokens.values()) != list(range(len(lines))):
         raise ValueError("a rank or a token is missing, or there twice")
+    if max(map(len, tokens)) > 1024:  # every cut of a token is looked at
+        raise ValueError("a token has more than 1024 bytes")
     pieces = {"".join(BYTE_CHARS[b] for b in token): rank for token, rank in tokens.items()}
     pairs = ((piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece)))
     merges = [(left, right) for left, right in pairs if left in pieces and right in pieces]

@@ -1,13 +1,20 @@
 """Generation: the text is the model's, whatever the batch, the cache and the compiler."""
 
+import contextlib
+import fcntl
 import functools
 import io
 import json
 import os
+import pty
+import select
 import signal
+import stat
 import struct
 import subprocess
 import sys
+import tempfile
+import termios
 import time
 from pathlib import Path
 
@@ -430,15 +437,83 @@ def test_a_missing_tokenizer_is_noticed(run_cli, tmp_path):
     assert code == 2 and str(tmp_path) in err and err.count("\n") == 1
 
 
-def test_a_pipe_and_a_link_are_written_to_and_not_replaced(run_cli, tmp_path):
+@pytest.mark.parametrize("flag, key", [("--json", "samples"), ("--profile", "traceEvents")])
+def test_a_pipe_and_a_link_are_written_to_and_not_replaced(run_cli, tmp_path, flag, key):
     (tmp_path / "link").symlink_to(tmp_path / "real.json")
-    assert run_cli("--max_new_tokens", "2", "--json", tmp_path / "link")[0] == 0
-    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "real.json").read_text())
+    assert run_cli("--max_new_tokens", "2", flag, tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert key in json.loads((tmp_path / "real.json").read_text())
+    os.mkfifo(tmp_path / "pipe")
+    with tempfile.TemporaryFile() as received:  # a trace is more than a pipe holds
+        reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=received)
+        assert run_cli("--max_new_tokens", "2", flag, tmp_path / "pipe")[0] == 0
+        assert reader.wait(timeout=30) == 0
+        received.seek(0)
+        assert key in json.load(received)
+    assert (tmp_path / "pipe").is_fifo()
+    assert {file.name for file in tmp_path.iterdir()} == {"link", "real.json", "pipe"}
+
+
+@pytest.mark.parametrize("flag", ["--json", "--profile"])
+def test_a_device_stays_a_device(run_cli, tmp_path, flag):
+    null = make_device(tmp_path / "null", 3)
+    assert run_cli("--max_new_tokens", "2", flag, null)[0] == 0
+    assert null.is_char_device() and list(tmp_path.iterdir()) == [null]
+
+
+def test_a_device_that_is_full_is_one_sentence(run_cli, tmp_path):
+    full = make_device(tmp_path / "full", 7)
+    code, _, err = run_cli("--max_new_tokens", "2", "--json", full)
+    assert code == 2 and f"cannot write {full}" in err and "Traceback" not in err
+
+
+def make_device(path: Path, minor: int) -> Path:
+    """A device node of our own like /dev/null (3) or /dev/full (7); skips without the right to."""
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+        path.open("wb").close()
+    except PermissionError:
+        pytest.skip("only root makes devices, and only where the file system takes them")
+    return path
+
+
+def test_a_library_that_renames_what_it_writes_reaches_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
-    assert run_cli("--max_new_tokens", "2", "--json", tmp_path / "pipe")[0] == 0
-    assert json.loads(reader.communicate(timeout=30)[0])["samples"]
+    with cli.replacing(tmp_path / "pipe") as temporary:
+        other = temporary.with_name(temporary.name + ".tmp")
+        other.write_text("whole")
+        other.replace(temporary)
+    assert reader.communicate(timeout=30)[0] == b"whole"
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_block_that_fails_leaves_what_was_there(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("old")
+    for name in ("pipe", "file"):  # nobody reads the pipe: to open it would hang
+        with pytest.raises(ZeroDivisionError), cli.replacing(tmp_path / name) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "file").read_text() == "old"
+    assert {file.name for file in tmp_path.iterdir()} == {"pipe", "file"}
+
+
+@pytest.mark.parametrize("sink", ["| cat >", ">", ">>"])
+def test_figures_on_standard_output_follow_the_text(checkpoint, tmp_path, sink):
+    """A redirected standard output is a regular file, too, and the text in it must not be lost."""
+    flags = f"--checkpoint_path {checkpoint} --prompt Hello --max_new_tokens 2 --json /dev/stdout"
+    line = f"{sys.executable} {ROOT}/generate.py --device cpu {flags} {sink} {tmp_path}/out"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out").read_text()
+    assert text.startswith("Hello") and json.loads(text[text.index("\n{") :])["samples"]
+
+
+def test_a_loop_of_links_is_one_sentence(run_cli, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    code, _, err = run_cli("--max_new_tokens", "1", "--json", tmp_path / "loop" / "figures.json")
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_prompts_are_lines_and_nothing_else_divides_them(run_cli, tmp_path):
@@ -469,6 +544,105 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
     out, err = process.communicate(b"/quit\n", timeout=60)
     assert process.returncode == 0, err.decode()
     assert b"Ctrl-C" in err.splitlines()[-2]
+
+
+class Terminal:
+    """generate.py --interactive on a terminal of its own; its answers say what arrived.
+
+    They are the errors of a chat template, so nothing is generated: the text's length and its end.
+    """
+
+    TEMPLATE = "{% set t = messages[-1].content %}{{ raise_exception(t | length ~ ':' ~ t[-20:]) }}"
+
+    def __init__(self, folder: Path, command=None, stdout=None):
+        path = write_checkpoint(folder / "checkpoint")
+        (path.parent / "chat_template.jinja").write_text(self.TEMPLATE)
+        (folder / "home").mkdir()
+        self.home, self.errors, self.shown = folder / "home", folder / "errors", b""
+        self.keys, terminal = pty.openpty()
+        flags = ["--checkpoint_path", path, "--device", "cpu", "--interactive"]
+        env = os.environ | {"HOME": str(self.home), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+        with self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, *(command or [ROOT / "generate.py"]), *flags],
+                stdin=terminal,
+                stdout=stdout or terminal,
+                stderr=errors,
+                cwd=self.home,
+                env=env,
+                start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # for Ctrl-C
+            )
+        os.close(terminal)
+        self.wait("Ctrl-C stops an answer")
+        time.sleep(0.5)  # the prompt comes next
+
+    def wait(self, text: str) -> str:
+        """Wait for a text on standard error; everything that is there."""
+        for _ in range(600):
+            if select.select([self.keys], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):  # the program has ended
+                    self.shown += os.read(self.keys, 65536)
+            if text in (said := self.errors.read_text()):
+                return said
+        raise AssertionError(f"{text!r} is not in {said!r}")
+
+    def type(self, text: str) -> None:
+        data = text.encode()
+        while data:  # as a person's terminal: it takes what has been shown before it sends more
+            data = data[os.write(self.keys, data[:1000]) :]
+            while select.select([self.keys], [], [], 0.01)[0]:
+                self.shown += os.read(self.keys, 65536)
+
+    def end(self) -> int:
+        self.type("\x04")  # Ctrl-D
+        code = self.process.wait(timeout=30)
+        os.close(self.keys)
+        return code
+
+
+def test_a_terminal_has_whole_lines_and_the_keys_of_a_shell(tmp_path):
+    terminal = Terminal(tmp_path)
+    terminal.type("x" * 9990 + "the end\u00fc\u4e16!\r")  # as one paste
+    terminal.wait("(10000:" + "x" * 10 + "the end\u00fc\u4e16!)")
+    assert b"> " in terminal.shown
+    terminal.type("Gr\u00fce \u4e16\x1b[D\x1b[D\x1b[D\u00df\r")  # two to the left, then a letter
+    terminal.wait("(7:Gr\u00fc\u00dfe \u4e16)")
+    terminal.type("\x1b[A!\r")  # the line before, with one more letter
+    terminal.wait("(8:Gr\u00fc\u00dfe \u4e16!)")
+    terminal.shown = b""
+    terminal.type("\x7f" * 3 + "\x15")  # there is nothing to erase: the prompt stays
+    assert b"\b" not in terminal.shown and b"\x1b[K" not in terminal.shown
+    terminal.type("given up\x03")  # Ctrl-C
+    time.sleep(0.5)
+    terminal.type("a\tb\r")  # a tab is a tab; the error shows it as a space
+    terminal.wait("(3:a b)")
+    assert terminal.end() == 0
+    assert "given up" not in terminal.errors.read_text()
+    assert not list(terminal.home.iterdir())  # no history on the disk
+
+
+def test_a_line_that_the_terminal_has_cut_is_not_used(tmp_path):
+    with (tmp_path / "out").open("wb") as out:  # no keys of a shell, so the terminal's own limit
+        terminal = Terminal(tmp_path, stdout=out)
+        terminal.type("x" * 10000 + "\n")
+        said = terminal.wait("the terminal may have cut this line at 4095 bytes")
+        terminal.type("y" * 4000 + "\n")
+        said = terminal.wait("(4000:")
+        assert "(4095:" not in said and said.count("cut this line") == 1
+        assert terminal.end() == 0
+
+
+def test_a_python_without_readline_talks_all_the_same(tmp_path):
+    code = f"import sys, runpy; sys.modules['readline'] = None; sys.path[0] = {str(ROOT)!r}"
+    code += f"; runpy.run_path({str(ROOT / 'generate.py')!r}, run_name='__main__')"
+    terminal = Terminal(tmp_path, command=["-c", code])
+    terminal.type("hello\n")
+    said = terminal.wait("(5:hello)")
+    assert "readline" not in said
+    terminal.type("x" * 5000 + "\n")
+    terminal.wait("cut this line")
+    assert terminal.end() == 0
 
 
 def test_only_torch_and_the_tokenizers_library_are_imported(checkpoint):

@@ -1,8 +1,13 @@
 """The tokenizer: every kind of file, what is control and what is text, chat formats, streaming."""
 
 import base64
+import functools
+import gc
 import json
+import os
 import random
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -478,6 +483,142 @@ def test_a_template_that_refuses_is_one_sentence(folders, tmp_path, template):
     assert "raise_exception" not in template or "roles must alternate" in str(error.value)
 
 
+GREEDY = {  # what a template can do to memory and to time, most of it in a few characters
+    "a long string": "{{ 'x' * 10**10 }}",
+    "a long list": "{{ ([1] * 10**10) | length }}",
+    "a large number": "{{ 9 ** (9 ** 9) }}",
+    "doubling": "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+    "{% endfor %}",
+    "doubling by output": "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}"
+    "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = twice(n.x) %}{% endfor %}",
+    "lists of themselves": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "comparing those": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "a wide format": "{{ '%9999999999d' % 1 }}",
+    "another wide format": "{{ '{:9999999999}'.format(1) }}",
+    "a method": "{{ 'x'.center(10**10) }}",
+    "a filter": "{{ [1] | batch(10**10, 'x') | list | length }}",
+    "words": "{{ lipsum(n=10**9) }}",
+    "replacing": "{{ ('x' * 10**6).replace('x', 'x' * 10**6) }}",
+    "much output": "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+    "loops without output": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+    "{% endfor %}",
+    "macros that call themselves": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}"
+    "{% endif %}{% endmacro %}{{ f(99) }}",
+    "a deep call": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "a long error": "{{ raise_exception('x' * 10**6) }}",
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_template_that_takes_all_memory_or_time_is_one_sentence(folders, tmp_path, capfd, name):
+    write(tmp_path, "tokenizer.json", (folders["byte_level"] / "tokenizer.json").read_text())
+    write(tmp_path, "chat_template.jinja", GREEDY[name])
+    ours, began = Tokenizer.from_folder(tmp_path), time.process_time()
+    with pytest.raises(UserError, match="--no-chat") as error:
+        ours.chat(MESSAGES)
+    assert len(str(error.value)) < 700 and "\n" not in str(error.value)
+    assert time.process_time() - began < 1  # it cost this process neither time nor memory
+    assert capfd.readouterr() == ("", "")
+    ours.chat_template = CHATML  # and the next template is none the worse for it
+    assert ours.chat(MESSAGES) == Tokenizer.from_folder(folders["byte_level"]).chat(MESSAGES)
+
+
+FEATURES = """{{- bos_token }}{%- set ns = namespace(system='', last=0) %}
+{%- macro show(tool, level=1) %}
+    {{- '#' * level ~ ' ' ~ tool.name ~ ': ' }}{{ tool | tojson(indent=2) }}
+{%- endmacro %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set ns.system = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages[::-1] %}
+    {%- if message.role == 'user' %}
+        {%- set ns.last = messages | length - loop.index0 %}{% break %}
+    {%- endif %}
+{%- endfor %}
+{{- 'Date: ' + (strftime_now('%Y') | int > 2000) | string + '\n' + ns.system }}
+{%- for tool in tools or [{'name': 'search', 'parameters': {'q': 'Köln'}}] %}
+    {{- show(tool, 2) }}
+{%- endfor %}
+{%- for message in messages | selectattr('role', 'in', ['user', 'assistant']) %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
+    {%- set content = message.content %}
+    {%- if '</think>' in content %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' ~ message['role'] ~ '\n' ~ content | replace('a', 'A') | upper }}
+    {%- if loop.last or loop.index == ns.last %}{{ '<|im_end|>' }}
+    {%- else %}{{ ', '.join(content.split()) | indent(2) }}{{ '%02d' % loop.index }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("chat", [MESSAGES, MESSAGES[1:2] + MESSAGES[2:] * 49], ids=len)
+def test_what_published_templates_use_works(folders, tmp_path, chat):
+    """Namespaces, macros, slices, tools, dates, formats: as in Llama 3.1, Qwen3 and Mistral."""
+    library = tokenizers.Tokenizer.from_file(str(folders["byte_level"] / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    write(tmp_path, "tokenizer.json", library.to_str())
+    write(tmp_path, "tokenizer_config.json", names | {"chat_template": FEATURES})
+    reference = PreTrainedTokenizerFast(tokenizer_object=library, **names)
+    reference.chat_template = FEATURES
+    expected = reference.apply_chat_template(
+        chat, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert Tokenizer.from_folder(tmp_path).chat(chat) == expected
+
+
+def test_a_conversation_pays_for_its_template_once(folders):
+    """Milliseconds a turn, also of 100 messages: only the first turn starts a process."""
+    ours = Tokenizer.from_folder(folders["byte_level"])
+    ours.chat(MESSAGES)
+    render = functools.partial(ours.renderer.render, FEATURES)
+    variables = {"messages": MESSAGES[1:2] + MESSAGES[2:] * 49, "bos_token": ""}
+    render(variables)
+    spent = []
+    for _ in range(10):
+        began = time.perf_counter()
+        render(variables)
+        spent.append(time.perf_counter() - began)
+    assert min(spent) < 0.03
+
+
+def test_an_interrupted_turn_does_not_answer_the_next_one(folders, monkeypatch):
+    ours = Tokenizer.from_folder(folders["byte_level"])
+    expected = ours.chat(MESSAGES[:2])
+    process = ours.renderer.process
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process.stdout, "readline", interrupt, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        ours.chat(MESSAGES)
+    assert process.poll() is not None  # nothing is left running
+    assert ours.chat(MESSAGES[:2]) == expected
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_the_template(folders):
+    ours = Tokenizer.from_folder(folders["byte_level"])
+    ours.chat(MESSAGES)
+    assert os.getpgid(ours.renderer.process.pid) != os.getpgid(0)
+
+
+def test_the_process_ends_with_the_tokenizer(folders):
+    ours = Tokenizer.from_folder(folders["byte_level"])
+    ours.chat(MESSAGES)
+    process = ours.renderer.process
+    ours.renderer = None
+    del ours
+    gc.collect()
+    process.stdin.close()  # as the system does when this process ends in any way
+    assert process.wait(timeout=10) == 0
+
+
 def test_a_template_cannot_reach_python(folders, tmp_path):
     write(tmp_path, "tokenizer.json", (folders["byte_level"] / "tokenizer.json").read_text())
     reach = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
@@ -586,6 +727,64 @@ def test_a_damaged_configuration_is_named(folders, tmp_path):
         with pytest.raises(UserError, match=name):
             Tokenizer.from_folder(tmp_path)
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("i", [10**9, 2**24, -1, 1.5, "7", None, True, 10**40])
+def test_an_added_token_with_an_absurd_id_is_named(folders, tmp_path, i):
+    data = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    data["added_tokens"][-1] |= {"id": i, "content": "<odd>"}
+    write(tmp_path, "tokenizer.json", data)
+    with pytest.raises(UserError, match="<odd>") as error:
+        Tokenizer.from_folder(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", 7, None, ["a"], "\ud800", "\ufdd0"])
+def test_an_added_token_without_a_name_is_refused(folders, tmp_path, content):
+    data = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    data["added_tokens"][-1]["content"] = content
+    write(tmp_path, "tokenizer.json", data)
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_gap_in_the_ids_costs_nothing(folders, tmp_path):
+    data = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    data["added_tokens"][-1] |= {"id": 2**24 - 1, "content": "<far>"}
+    write(tmp_path, "tokenizer.json", data)
+    write(tmp_path, "generation_config.json", {"eos_token_id": [2**24 - 1, 2**24, 10**30, True]})
+    tracemalloc.start()
+    ours = Tokenizer.from_folder(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    assert ours.eos_ids == {2**24 - 1}
+
+
+def test_a_rank_file_with_an_endless_token_is_refused(tmp_path):
+    tokens = [*(bytes([byte]) for byte in range(256)), b"x" * 2**20]
+    (tmp_path / "tokenizer.model").write_bytes(rank_file(tokens))
+    with pytest.raises(UserError, match="1024 bytes"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [7, 0, True, {"default": "x"}, ["x"], [7], [{"name": "default"}], [{"template": "x"}]]
+    + [[{"name": "default", "template": 7}], [{"name": ["default"], "template": "x"}]],
+    ids=json.dumps,
+)
+def test_a_chat_template_that_is_no_text_is_named(folders, tmp_path, template):
+    write(tmp_path, "tokenizer.json", (folders["byte_level"] / "tokenizer.json").read_text())
+    write(tmp_path, "tokenizer_config.json", {"chat_template": template})
+    with pytest.raises(UserError, match="chat_template in .*tokenizer_config.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_json_without_end_is_named(folders, tmp_path):
+    write(tmp_path, "tokenizer.json", (folders["byte_level"] / "tokenizer.json").read_text())
+    write(tmp_path, "tokenizer_config.json", '{"a":' * 10**5)
+    with pytest.raises(UserError, match="tokenizer_config.json"):
+        Tokenizer.from_folder(tmp_path)
 
 
 # ---- Published files -----------------------------------------------------------------------------

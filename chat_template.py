@@ -1,0 +1,108 @@
+"""Chat templates, rendered in a process of their own.
+
+A template is a program in Jinja that comes with the checkpoint, so anybody may have written it.
+Jinja's sandbox keeps it away from Python, but a template can take all memory or all time in more
+ways than a list could forbid. The operating system limits both, for a process. So this file is also
+a script: it reads requests, one JSON line each, and answers each with one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import resource
+import subprocess
+import sys
+import time
+
+CPU_SECONDS = 2
+MEMORY = 2**30  # address space of the process; macOS does not enforce it
+MAX_CHARS = 2**23  # of a prompt: more than a context of a million tokens
+TOO_MUCH = f"it needs more than {CPU_SECONDS} seconds or {MEMORY >> 20} MB"
+
+
+class Renderer:
+    """Renders templates; the process starts with the first one and ends with this object."""
+
+    def __init__(self):
+        self.process = None
+
+    def render(self, template: str, variables: dict) -> str:
+        """The text of a template; `ValueError` says how it failed."""
+        # A process stays only once it has answered: an interrupted one still holds its answer.
+        process, self.process = self.process or start(), None
+        try:
+            process.stdin.write(json.dumps([template, variables]) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            self.process = process if answer else None
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            if not self.process:
+                process.kill()
+                process.communicate()
+        text, error = json.loads(answer or json.dumps(["", TOO_MUCH]))
+        if error:
+            raise ValueError(error)
+        return text
+
+
+def start() -> subprocess.Popen:
+    """Start this file as a script, out of the reach of the terminal's Ctrl-C."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, __file__], **pipes, start_new_session=True)
+
+
+# ---- In the process ----------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(source: str):
+    """A template, in Jinja as Hugging Face's library sets it up for chats."""
+    import jinja2.sandbox
+
+    def fail(message: str):
+        raise jinja2.TemplateError(message)
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    sandbox.globals |= {"raise_exception": fail, "strftime_now": time.strftime}
+    sandbox.filters["tojson"] = lambda x, **k: json.dumps(x, **({"ensure_ascii": False} | k))
+    return sandbox.from_string(source)
+
+
+def limit(kind: int, value: int) -> None:
+    """Lower a soft limit of this process, or raise it up to the hard one."""
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    with contextlib.suppress(ValueError, OSError):  # a system without this limit
+        resource.setrlimit(kind, (value, hard))
+
+
+def answer(template: str, variables: dict) -> tuple[str, str]:
+    """The text of a template and "", or "" and what went wrong."""
+    try:
+        text = compiled(template).render(**variables)
+        if len(text) > MAX_CHARS:
+            return "", f"it writes more than {MAX_CHARS} characters"
+        return text.encode("utf-8", "replace").decode(), ""
+    except MemoryError:
+        return "", TOO_MUCH
+    except Exception as error:  # a template is a program: it can fail in any way
+        return "", " ".join(str(error)[:500].split()) or type(error).__name__
+
+
+def serve() -> None:
+    """Answer requests until there are no more."""
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_AS, MEMORY)
+    for line in sys.stdin:
+        limit(resource.RLIMIT_CPU, int(time.process_time()) + CPU_SECONDS)
+        print(json.dumps(answer(*json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
