@@ -21,6 +21,17 @@ MEMORY = 2**30  # address space of the process; macOS does not enforce it
 MAX_CHARS = 2**23  # of a prompt: more than a context of a million tokens
 TOO_MUCH = f"it needs more than {CPU_SECONDS} seconds or {MEMORY >> 20} MB"
 
+# The chat formats of Llama 3 and Llama 2, for checkpoints that come without a template.
+LLAMA3_CHAT = r"""<|begin_of_text|>{% for message in messages + [{"role": "assistant"}] %}
+{{- "<|start_header_id|>" ~ message.role ~ "<|end_header_id|>\n\n" }}
+{{- message.content | trim ~ "<|eot_id|>" if not loop.last }}{% endfor %}"""
+LLAMA2_CHAT = r"""{% set system = messages[0].content if messages[0].role == "system" %}
+{%- for message in messages if message.role != "system" %}
+{%- set lead = "<<SYS>>\n" ~ system ~ "\n<</SYS>>\n\n" if system and loop.first %}
+{{- "<s>[INST] " ~ (lead ~ message.content) | trim ~ " [/INST]" if message.role == "user"
+    else " " ~ message.content | trim ~ " </s>" }}{% endfor %}"""
+BUILT_IN = {"<|start_header_id|>": LLAMA3_CHAT, "</s>": LLAMA2_CHAT}  # by a token of theirs
+
 
 class Renderer:
     """Renders templates; the process starts with the first one and ends with this object."""

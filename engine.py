@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,15 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoint import check_path
 from cli import UserError
 from families import read_config
 from linear import FEW_ROWS, kernels
-from model import Output, Transformer, TransformerBlock, check_path
+from model import Output, Transformer, TransformerBlock
 from tokenizer import Tokenizer
 
-DEFAULT_CHECKPOINT = (
-    Path(__file__).resolve().parent / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth"
-)
 NOT_FINITE = "the model gives logits that are NaN or infinite; is the checkpoint damaged, or "
 NOT_FINITE += "--precision too narrow for it? Convert it again or try --precision float32"
 PREFILL_CHUNK = 512  # bounds the activations, and the attention mask where there is one
@@ -273,7 +268,7 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------------
-# Checkpoints and devices
+# Loading
 
 
 def load_model(
@@ -298,18 +293,6 @@ def load(
     return model, tokenizer
 
 
-def default_checkpoint() -> Path:
-    """The checkpoint of the default model, fetched and converted by a script if it is not there."""
-    script = Path(__file__).resolve().parent / "scripts" / "default_model.py"
-    if not DEFAULT_CHECKPOINT.exists():
-        if not script.exists():
-            raise UserError(f"no --checkpoint_path was given, and there is no {script} to make one")
-        done = subprocess.run([sys.executable, str(script)], stdout=sys.stderr)
-        if done.returncode:
-            sys.exit(done.returncode)  # the script has said why
-    return DEFAULT_CHECKPOINT
-
-
 def allocate_cache(model: Transformer, rows: int, length: int) -> None:
     """Allocate the model's KV cache; UserError if it does not fit."""
     try:
@@ -319,14 +302,3 @@ def allocate_cache(model: Transformer, rows: int, length: int) -> None:
             f"there is no room for a KV cache of {rows} rows of {length} positions; "
             "lower --batch_size or --max_seq_length"
         ) from None
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device called `name`, else by the variable DEVICE, else CUDA if there is a GPU."""
-    name = name or os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()  # meta has no values, an absent GPU no memory
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, AttributeError):
-        raise UserError(f"device {name!r} cannot be used here; try --device cpu") from None

@@ -24,16 +24,9 @@ import torch
 from tqdm import tqdm
 
 import tp
+from checkpoint import default_checkpoint
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
-from engine import (
-    NOT_FINITE,
-    PREFILL_CHUNK,
-    Engine,
-    Sampling,
-    default_checkpoint,
-    generate,
-    load,
-)
+from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, generate, load
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
 

@@ -24,18 +24,9 @@ from typing import Any
 
 import torch
 
+from checkpoint import default_checkpoint, find_device
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
-from engine import (
-    FEW_ROWS,
-    Engine,
-    Sampling,
-    allocate_cache,
-    default_checkpoint,
-    find_device,
-    generate,
-    load,
-    synchronize,
-)
+from engine import FEW_ROWS, Engine, Sampling, allocate_cache, generate, load, synchronize
 from linear import kernels
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer

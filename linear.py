@@ -67,42 +67,39 @@ class Linear(nn.Module):
 class Int8Linear(Linear):
     """Weight int8 `[out, in]`, scales `[out]`: value = weight * scale."""
 
+    scales_name = "scales"
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
         self.declare("weight", torch.int8, out_features, in_features)
-        self.declare("scales", torch.bfloat16, out_features)
+        self.declare(self.scales_name, torch.bfloat16, out_features)
 
     def pack_weights(self) -> None:
-        if self.kernel_supports(self.scales.dtype, 4):
-            self.tiles, self.grid = kernels.pack(self.weight, 4), self.scales.data
+        scales = getattr(self, self.scales_name)
+        if self.kernel_supports(scales.dtype, 4):
+            self.tiles, self.grid = kernels.pack(self.weight, 4), scales.data
 
     def dequantize(self) -> Tensor:
-        return self.weight.to(self.scales.dtype) * self.scales.unsqueeze(-1)
+        scales = getattr(self, self.scales_name)
+        return self.weight.to(scales.dtype) * scales.unsqueeze(-1)
 
     def matmul(self, x: Tensor, prefill: bool) -> Tensor:
         if self.tiles is not None:
             return torch.ops.tokenbus.linear_int8(x, self.tiles, self.grid, prefill)
-        # Its bf16 kernels read beyond rows that are no multiple of 16 wide.
+        # The operation reads beyond rows whose width is no multiple of 16.
         if x.device.type == "cpu" and len(x) <= FEW_ROWS and self.in_features % 16 == 0:
             return torch._weight_int8pack_mm(x, self.weight, self.scales)
         return F.linear(x, self.weight.to(x.dtype)) * self.scales
 
 
-class Int8ActivationLinear(Linear):
-    """Weight as in `Int8Linear`; x is rounded to int8, row by row, and integers are multiplied."""
+class Int8ActivationLinear(Int8Linear):
+    """Stored as in `Int8Linear`; x is rounded to int8, row by row, and integers are multiplied."""
+
+    scales_name = "scales_a8"
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
-        self.declare("weight", torch.int8, out_features, in_features)
-        self.declare("scales_a8", torch.bfloat16, out_features)
         self.peak = nn.Identity()  # where tp.py asks for the maximum of all ranks' columns
-
-    def pack_weights(self) -> None:
-        if self.kernel_supports(self.scales_a8.dtype, 4):
-            self.tiles, self.grid = kernels.pack(self.weight, 4), self.scales_a8.data
-
-    def dequantize(self) -> Tensor:
-        return self.weight.to(self.scales_a8.dtype) * self.scales_a8.unsqueeze(-1)
 
     def matmul(self, x: Tensor, prefill: bool) -> Tensor:
         peaks = self.peak(x.abs().amax(-1, keepdim=True).float())  # [M, 1]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint import check_layers, check_state, load_state
 from cli import UserError
 from linear import Linear, kernels, linear_for
 
@@ -135,7 +135,9 @@ def rotations(kind: LayerKind, length: int) -> Tensor:
     freqs = torch.tensor(kind.rope, dtype=torch.float32)
     angles = torch.outer(positions, freqs)  # [length, D/2]
     scale = torch.where(freqs == 0, 1.0, kind.rope_scale)  # what is not rotated keeps its length
-    return torch.stack((angles.cos() * scale, angles.sin() * scale), -1)
+    # Not cos() and sin(): the first call of MKL's vector math in a process may be off by 1e-4 where
+    # threads share it (https://github.com/pytorch/pytorch/issues/188792).
+    return torch.view_as_real(torch.polar(scale.expand_as(angles), angles))
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -366,69 +368,3 @@ class Transformer(nn.Module):
         if shard:
             shard.add_collectives(model, tied)
         return model
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading checkpoints
-
-
-def check_path(path: Path) -> None:
-    """Raise a UserError unless `path` is a file."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; pass a file in it, such as {path / 'model.pth'}")
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; make one with scripts/prepare.sh <repo>")
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Memory-map the state dict of a checkpoint; UserError if the file is not one."""
-    check_path(path)
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
-        state = None
-    tensors = state.values() if isinstance(state, dict) else [None]
-    whole = all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors)
-    if not whole or not all(isinstance(name, str) for name in state):
-        raise UserError(
-            f"{path} is not a whole state dict in the zip format of torch.save; make it again"
-        )
-    state.pop("rope.freqs", None)  # Meta's own files carry this table, which is computed here
-    return state
-
-
-ADVICE = "is it of another model than config.json describes? Convert it again"
-
-
-def check_layers(path: Path, state: dict[str, Tensor], expected: int) -> None:
-    """Raise a UserError unless the file holds so many layers, before that many are made."""
-    found = {name.split(".")[1] for name in state if name.startswith("layers.")}
-    if len(found) != expected:
-        raise UserError(f"{path} holds {len(found)} layers, not {expected}; {ADVICE}")
-
-
-def check_finite(where: str | Path, name: str, tensor: Tensor) -> None:
-    """Raise a UserError if a weight is NaN or infinite."""
-    if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise UserError(
-            f"{where}: {name} has values that are NaN or infinite in {kind}; "
-            "fetch the model again, or convert it to a wider precision"
-        )
-
-
-def check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise a `UserError` that names the first tensor that does not fit the model, and how."""
-
-    def kind(tensor: Tensor) -> str:
-        dtype = "float" if tensor.is_floating_point() else str(tensor.dtype)
-        return f"{dtype.removeprefix('torch.')} {list(tensor.shape)}"
-
-    for name, tensor in expected.items():
-        if state.get(name) is None:
-            raise UserError(f"{path} lacks the tensor {name}; {ADVICE}")
-        if kind(state[name]) != kind(tensor):
-            found, wanted = kind(state[name]), kind(tensor)
-            raise UserError(f"{path}: {name} is {found}, not {wanted}; {ADVICE}")
-    for name in state.keys() - expected.keys():
-        raise UserError(f"{path} holds {name}, which this model does not have; {ADVICE}")

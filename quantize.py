@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import gptq
+from checkpoint import check_finite, find_device
 from cli import Parser, UserError, add_checkpoint_flags, number, replacing, run
-from engine import find_device, load_model
+from engine import load_model
 from linear import Linear, linear_for, pack_int4
-from model import Transformer, check_finite
+from model import Transformer
 from tokenizer import Tokenizer
 
 GROUP_SIZES = (32, 64, 128, 256)

@@ -15,7 +15,7 @@ import json
 import re
 from pathlib import Path
 
-from chat_template import Renderer
+from chat_template import BUILT_IN, Renderer
 from cli import UserError, read_json
 
 MARK = "\ufdd0"  # Unicode sets this code point aside for use inside programs: no text has it
@@ -36,17 +36,6 @@ LLAMA3_SPECIALS = (  # in the places after the ranks; `-` and all the rest of 25
     "begin_of_text end_of_text - - finetune_right_pad_id - "
     "start_header_id end_header_id eom_id eot_id python_tag" + " -" * 245
 )
-
-# The chat formats of Llama 3 and Llama 2, for checkpoints that come without a template.
-LLAMA3_CHAT = r"""<|begin_of_text|>{% for message in messages + [{"role": "assistant"}] %}
-{{- "<|start_header_id|>" ~ message.role ~ "<|end_header_id|>\n\n" }}
-{{- message.content | trim ~ "<|eot_id|>" if not loop.last }}{% endfor %}"""
-LLAMA2_CHAT = r"""{% set system = messages[0].content if messages[0].role == "system" %}
-{%- for message in messages if message.role != "system" %}
-{%- set lead = "<<SYS>>\n" ~ system ~ "\n<</SYS>>\n\n" if system and loop.first %}
-{{- "<s>[INST] " ~ (lead ~ message.content) | trim ~ " [/INST]" if message.role == "user"
-    else " " ~ message.content | trim ~ " </s>" }}{% endfor %}"""
-BUILT_IN = {"<|start_header_id|>": LLAMA3_CHAT, "</s>": LLAMA2_CHAT}  # by a token of theirs
 
 
 def clean(text: str) -> str:

@@ -27,8 +27,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint import find_device
 from cli import UserError, number
-from engine import find_device
 from linear import Int8ActivationLinear, Linear
 from model import ModelArgs, Transformer
 

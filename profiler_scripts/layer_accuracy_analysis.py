@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoint import find_device
 from cli import Parser, UserError, number, output_file, read_json, replacing, run
-from engine import find_device, load
+from engine import load
 from eval import Evaluator, lm_eval
 from linear import Linear, linear_for
 from model import Transformer, TransformerBlock

@@ -31,8 +31,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoint import find_device
 from cli import Parser, UserError, number, output_file, replacing, run
-from engine import Engine, Sampling, find_device, generate, load_model
+from engine import Engine, Sampling, generate, load_model
 from ranges import MARK, traced
 from scripts.machine import read_bandwidth
 

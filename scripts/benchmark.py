@@ -32,8 +32,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoint import default_checkpoint, find_device
 from cli import Parser, UserError, add_checkpoint_flags, number, output_file, replacing, run
-from engine import Engine, default_checkpoint, find_device, generate, load_model, synchronize
+from engine import Engine, generate, load_model, synchronize
 from families import preset_names
 from linear import Linear
 from model import Transformer

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoint import check_finite
 from cli import Parser, UserError, read_json, replacing, run
 from families import from_config
-from model import LayerKind, ModelArgs, check_finite
+from model import LayerKind, ModelArgs
 
 PRECISIONS = ("bfloat16", "float16", "float32")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoint import DEFAULT_CHECKPOINT
 from cli import Parser, UserError, run
-from engine import DEFAULT_CHECKPOINT
 from scripts import convert_gguf
 
 FOLDER = DEFAULT_CHECKPOINT.parent

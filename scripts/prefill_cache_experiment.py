@@ -19,8 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoint import default_checkpoint, find_device
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
-from engine import Engine, Sampling, default_checkpoint, find_device, generate, load, synchronize
+from engine import Engine, Sampling, generate, load, synchronize
 from prefill_cache import PrefillCache
 from tokenizer import Tokenizer
 

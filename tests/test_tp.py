@@ -19,9 +19,10 @@ from tp_worker import run_case
 
 import quantize
 import tp
+from checkpoint import load_state
 from cli import UserError
 from conftest import CONFIG, ROOT, write_checkpoint
-from model import ModelArgs, Transformer, load_state
+from model import ModelArgs, Transformer
 
 BASE = CONFIG | {
     "hidden_size": 128,

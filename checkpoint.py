@@ -1,0 +1,110 @@
+"""The files of a checkpoint: where the default one is, and what is wrong with a state dict."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cli import UserError
+
+DEFAULT_CHECKPOINT = (
+    Path(__file__).resolve().parent / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth"
+)
+
+# ------------------------------------------------------------------------------------------------
+# The default model, and the device
+
+
+def default_checkpoint() -> Path:
+    """The checkpoint of the default model, fetched and converted by a script if it is not there."""
+    script = Path(__file__).resolve().parent / "scripts" / "default_model.py"
+    if not DEFAULT_CHECKPOINT.exists():
+        if not script.exists():
+            raise UserError(f"no --checkpoint_path was given, and there is no {script} to make one")
+        done = subprocess.run([sys.executable, str(script)], stdout=sys.stderr)
+        if done.returncode:
+            sys.exit(done.returncode)  # the script has said why
+    return DEFAULT_CHECKPOINT
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device called `name`, else by the variable DEVICE, else CUDA if there is a GPU."""
+    name = name or os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()  # meta has no values, an absent GPU no memory
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError):
+        raise UserError(f"device {name!r} cannot be used here; try --device cpu") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# State dicts
+
+
+def check_path(path: Path) -> None:
+    """Raise a UserError unless `path` is a file."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; pass a file in it, such as {path / 'model.pth'}")
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}; make one with scripts/prepare.sh <repo>")
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Memory-map the state dict of a checkpoint; UserError if the file is not one."""
+    check_path(path)
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
+        state = None
+    tensors = state.values() if isinstance(state, dict) else [None]
+    whole = all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors)
+    if not whole or not all(isinstance(name, str) for name in state):
+        raise UserError(
+            f"{path} is not a whole state dict in the zip format of torch.save; make it again"
+        )
+    state.pop("rope.freqs", None)  # Meta's own files carry this table, which is computed here
+    return state
+
+
+ADVICE = "is it of another model than config.json describes? Convert it again"
+
+
+def check_layers(path: Path, state: dict[str, Tensor], expected: int) -> None:
+    """Raise a UserError unless the file holds so many layers, before that many are made."""
+    found = {name.split(".")[1] for name in state if name.startswith("layers.")}
+    if len(found) != expected:
+        raise UserError(f"{path} holds {len(found)} layers, not {expected}; {ADVICE}")
+
+
+def check_finite(where: str | Path, name: str, tensor: Tensor) -> None:
+    """Raise a UserError if a weight is NaN or infinite."""
+    if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{where}: {name} has values that are NaN or infinite in {kind}; "
+            "fetch the model again, or convert it to a wider precision"
+        )
+
+
+def check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise a `UserError` that names the first tensor that does not fit the model, and how."""
+
+    def kind(tensor: Tensor) -> str:
+        dtype = "float" if tensor.is_floating_point() else str(tensor.dtype)
+        return f"{dtype.removeprefix('torch.')} {list(tensor.shape)}"
+
+    for name, tensor in expected.items():
+        if state.get(name) is None:
+            raise UserError(f"{path} lacks the tensor {name}; {ADVICE}")
+        if kind(state[name]) != kind(tensor):
+            found, wanted = kind(state[name]), kind(tensor)
+            raise UserError(f"{path}: {name} is {found}, not {wanted}; {ADVICE}")
+    for name in state.keys() - expected.keys():
+        raise UserError(f"{path} holds {name}, which this model does not have; {ADVICE}")
