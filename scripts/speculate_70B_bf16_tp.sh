@@ -8,4 +8,4 @@ draft=${DRAFT:-checkpoints/meta-llama/Llama-2-7b-chat-hf}
 torchrun --standalone --nproc_per_node="${GPUS:-8}" generate.py --compile \
   --checkpoint_path "$model/model.pth" \
   --draft_checkpoint_path "$draft/model_int4.g32.pth" --speculate_k 5 \
-  --prompt "Hi, my name is" --max_new_tokens 200 --num_samples 5 --temperature 0 --compare "$@"
+  --prompt "Hi, my name is" --max_new_tokens 200 --num_samples 5 --temperature 0 "$@"

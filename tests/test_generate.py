@@ -22,9 +22,10 @@ import pytest
 import torch
 
 import cli
+import engine as engine_module
 import generate as cli_generate
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
-from generate import Engine, Sampling, candidates, generate, sample
+from engine import Engine, Sampling, candidates, generate, load_model, sample
 from model import Transformer
 
 GREEDY = Sampling(temperature=0)
@@ -40,11 +41,17 @@ def make_engine(batch_size=1, length=256, config=CONFIG, compile=None, **options
 engine = make_engine
 
 
+def options_of(eos_ids=frozenset(), seed=0, rows=1, **options) -> dict:
+    """What `generate` takes by name, from what tests usually say."""
+    seeds = [seed + i for i in range(rows)]
+    return dict(until=lambda _row, token: token in eos_ids, seeds=seeds) | options
+
+
 def run_rows(engine, prompts, n=40, sampling=GREEDY, **options) -> list[list[int]]:
-    rows = [[] for _ in prompts]
+    rows, options = [[] for _ in prompts], options_of(rows=len(prompts), **options)
     for step in generate(engine, prompts, sampling, n, **options):
         for row, token in zip(rows, step, strict=True):
-            row += [] if token is None else [token]
+            row += [] if token is None else [token.id]
     return rows
 
 
@@ -54,7 +61,8 @@ def greedy_by_full_forward(prompt: list[int], n: int) -> list[int]:
     for _ in range(n):
         model.setup_caches(1, 256)
         positions = torch.arange(len(tokens)).unsqueeze(0)
-        tokens.append(model(torch.tensor([tokens]), positions, 256)[0, -1].argmax().item())
+        logits = model(torch.tensor([tokens]), positions, 256).logits
+        tokens.append(logits[0, -1].argmax().item())
     return tokens[len(prompt) :]
 
 
@@ -73,7 +81,7 @@ def test_a_batch_gives_each_prompt_what_it_gives_alone():
 
 def test_long_prompts_prefill_in_chunks(monkeypatch):
     whole = run_rows(engine(4), PROMPTS)
-    monkeypatch.setattr(cli_generate, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
     assert run_rows(engine(4), PROMPTS) == whole
 
 
@@ -169,7 +177,7 @@ def read_llama2c(data: Path, folder: Path) -> tuple[Transformer, list[bytes]]:
         vocabulary.append(raw[8 : 8 + length])
         raw = raw[8 + length :]
     path = folder / "stories260K" / "model.pth"
-    return Transformer.from_checkpoint(path, dtype=torch.float32), vocabulary
+    return load_model(path, "cpu", torch.float32), vocabulary
 
 
 # ---- Sampling ----------------------------------------------------------------------------------
@@ -214,7 +222,7 @@ def test_sampling_draws_from_the_distribution_asked_for(settings):
     assert torch.allclose(full, expected.float(), atol=1e-6)
 
     draws, generator = 20000, torch.Generator().manual_seed(4)
-    drawn = sample(logits[:1].expand(draws, 10), sampling, generator)
+    drawn = sample(logits[:1].expand(draws, 10), [sampling] * draws, [generator] * draws)
     counts = torch.bincount(drawn, minlength=10).double()
     mean = expected[0].double() * draws
     assert counts[mean == 0].sum() == 0
@@ -225,7 +233,7 @@ def test_sampling_draws_from_the_distribution_asked_for(settings):
 
 def test_temperature_zero_is_argmax():
     logits = torch.randn(50, 300)
-    assert sample(logits, GREEDY, torch.Generator()).equal(logits.argmax(-1))
+    assert sample(logits, [GREEDY] * 50, [torch.Generator()] * 50).equal(logits.argmax(-1))
 
 
 def test_the_seed_decides_the_text():
