@@ -498,7 +498,7 @@ def prefill_context(cache: Any, context: list[int], engines: list[Engine]) -> di
         cache.fingerprint(engine.model)  # so that no file of another engine's is taken for stale
     for engine in engines:
         room = context[: engine.model.max_seq_length]
-        done += cache.prefill_context(room, engine.model, engine.prefill)
+        done += cache.prefill_context(room, engine.model, Engine(engine.model).prefill)
     for engine in engines:
         engine.cache = cache
     if len(cache.entries) < len(engines) > 1:

@@ -21,7 +21,8 @@ import cli
 import eval as evaluation
 from conftest import CONFIG, ROOT, SPECIALS, random_model, write_checkpoint
 from eval import Evaluator, windows
-from generate import load
+from engine import load
+from test_generate import options_of
 from tokenizer import Tokenizer
 
 WINDOW = 100
@@ -155,16 +156,18 @@ def test_the_order_and_the_batch_change_nothing(checkpoint):
 
 def test_requests_with_the_same_context_prefill_it_once(checkpoint):
     ours, fed = evaluator(checkpoint), []
-    step = ours.engine.step
+    contexts = [[*STORY.encode()], [*TEXT[:50].encode()]]
+    endings = [[*ending.encode()] for ending in ENDINGS]
+    pairs = [(context, ending) for ending in endings for context in contexts]
+    ours.reserve(2, max(len(context) + len(ending) for context, ending in pairs) - 1)
+    step = ours.engine.prefill_step
 
     def counting(idx, pos, *rest):
         fed.append((pos < ours.model.max_seq_length).sum().item())
         return step(idx, pos, *rest)
 
-    ours.engine.step = counting
-    contexts = [[*STORY.encode()], [*TEXT[:50].encode()]]
-    endings = [[*ending.encode()] for ending in ENDINGS]
-    ours.score([(context, ending) for ending in endings for context in contexts])
+    ours.engine.prefill_step = counting
+    ours.score(pairs)
     # An ending's last token is not fed; a context's last one is, with each ending.
     assert sum(fed) == sum(len(c) - 1 for c in contexts) + 2 * sum(map(len, endings))
 
@@ -194,8 +197,9 @@ def test_generation_ends_at_eos_and_at_a_special_token_that_is_a_stop(checkpoint
     ids = ours.tokenizer.encode(STORY)
     (text,), tokens = ours.generate_until(ask), []
     sampling = evaluation.Sampling(temperature=0)
-    for token, *_ in evaluation.generate(ours.engine, [ids], sampling, 30):
-        tokens.append(token)
+    options = options_of()
+    for (token,) in evaluation.generate(ours.engine, [ids], sampling, 30, **options):
+        tokens.append(token.id)
     end = tokens[7]
     before = ours.tokenizer.decode(tokens[: tokens.index(end)])
     assert len(before) < len(text)

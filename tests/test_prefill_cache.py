@@ -15,7 +15,7 @@ import torch
 
 import prefill_cache
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
-from generate import Engine
+from engine import Engine, load_model
 from linear import Linear
 from model import Transformer
 from prefill_cache import PrefillCache
@@ -41,13 +41,13 @@ def make_model(kind="float32", batch_size=1, length=256, folder: Path | None = N
                 tensors = quantize(state.pop(f"{name}.weight"), kind, 32)
                 state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
         torch.save(state, path)
-        model = Transformer.from_checkpoint(path)
+        model = load_model(path, "cpu")
     model.setup_caches(batch_size, length)
     return model
 
 
 def remember(cache: PrefillCache, model: Transformer, context=CONTEXT) -> int:
-    return cache.remember(context, model, Engine(model, None).prefill)
+    return cache.prefill_context(context, model, Engine(model, None).prefill)
 
 
 def text_with(cache: PrefillCache, model: Transformer, prompts=PROMPTS[:1]) -> tuple[int, list]:

@@ -22,7 +22,9 @@ import tp
 from checkpoint import load_state
 from cli import UserError
 from conftest import CONFIG, ROOT, write_checkpoint
-from model import ModelArgs, Transformer
+from engine import load_model
+from families import from_config, read_config
+from model import Transformer
 
 BASE = CONFIG | {
     "hidden_size": 128,
@@ -161,9 +163,9 @@ def test_a_rank_reads_its_rows_from_the_mapped_file_and_copies_only_columns(fold
     shard.device, shard.rank, shard.world, shard.group = torch.device("cpu"), 1, 2, None
     shard.done = threading.Event()
     with torch.device("meta"):
-        model = Transformer(ModelArgs.from_folder(path.parent))
+        model = Transformer(read_config(path.parent))
     parts = dict(state)
-    shard.split(model, parts, path)
+    shard.slice_state(model, parts, path)
     for name in ("w1", "w3"):
         key = f"layers.0.feed_forward.{name}.weight"
         assert parts[key].data_ptr() == state[key][64:].data_ptr()
@@ -175,7 +177,7 @@ def test_a_rank_reads_its_rows_from_the_mapped_file_and_copies_only_columns(fold
     expected = torch.cat([q[64:], k[32:], v[32:]])
     assert torch.equal(parts["layers.0.attention.wqkv.weight"], expected)
     assert not parts["layers.0.attention.wo.bias"].any()  # rank 0 adds it
-    loaded = Transformer.from_checkpoint(path, "cpu", torch.float32, shard)
+    loaded = load_model(path, "cpu", torch.float32, shard)
     embedding, output = loaded.tok_embeddings.weight, loaded.output.weight
     assert output.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()
     assert torch.equal(output, embedding[160:])
@@ -379,13 +381,13 @@ def test_a_mistake_is_said_once(folder):
 def test_sizes_that_do_not_divide_are_refused_and_fitting_ones_named(
     changes, groups, world, sentence
 ):
-    args = ModelArgs.from_config(CONFIG | changes)
+    args = from_config(CONFIG | changes)
     state = {"layers.0.feed_forward.w2.scales_and_zeros": torch.zeros(groups or 1, 4, 2)}
     with pytest.raises(UserError, match=re.escape(sentence) + "$"):
         tp.check_sizes(args, state if groups else {}, world, Path("a/model.pth"))
 
 
 def test_what_fits_is_accepted():
-    args = ModelArgs.from_config(CONFIG)
+    args = from_config(CONFIG)
     state = {"layers.0.feed_forward.w2.scales_and_zeros": torch.zeros(4, 4, 2)}
     assert [tp.check_sizes(args, state, n, Path()) for n in (1, 2)] == [None, None]

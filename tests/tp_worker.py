@@ -13,28 +13,29 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tp  # noqa: E402
-from generate import Engine, Sampling, generate  # noqa: E402
-from model import Transformer  # noqa: E402
+from engine import Engine, Sampling, generate, load_model  # noqa: E402
 
 PROMPTS = [[5, 9, 200, 31, 7], [77], list(range(20, 70))]
 
 
 def run_case(path, rows: int, compile: str | None, shard=None) -> dict:
     """Greedy tokens, the logits of the prefill and of a decoding step, and the model's bytes."""
-    model = Transformer.from_checkpoint(Path(path), "cpu", torch.float32, shard)
+    model = load_model(Path(path), "cpu", torch.float32, shard)
     model.setup_caches(rows, 128)
     engine = Engine(model, compile)
     prompts = PROMPTS[-rows:]
-    tokens = [*generate(engine, prompts, Sampling(temperature=0), 8)]
+    options = dict(until=lambda _row, _token: False, seeds=[0] * rows)
+    steps = generate(engine, prompts, Sampling(temperature=0), 8, **options)
+    tokens = [[token and token.id for token in step] for step in steps]
     prefilled = engine.prefill(prompts)
     idx = torch.tensor([[row[-1]] for row in prompts])
-    step = engine.step(idx, torch.tensor([[len(row)] for row in prompts]), 64)[:, 0]
+    step = engine.decode(idx, torch.tensor([[len(row)] for row in prompts]), 64).logits[:, 0]
     sizes = {name: t.nbytes for name, t in model.state_dict().items()}
     return {"tokens": tokens, "logits": torch.stack((prefilled, step)), "sizes": sizes}
 
 
 def main(cases: str, results: str) -> None:
-    _, shard = tp.start("cpu")
+    _, shard = tp.init("cpu")
     outcomes = []
     for case in json.loads(Path(cases).read_text()):
         began = time.perf_counter()
@@ -42,7 +43,7 @@ def main(cases: str, results: str) -> None:
         print(*case, f"{time.perf_counter() - began:.1f} s", flush=True)
         torch.compiler.reset()
     torch.save(outcomes, f"{results}.{shard.rank}")
-    tp.finish(shard)
+    tp.shutdown(shard)
 
 
 if __name__ == "__main__":
