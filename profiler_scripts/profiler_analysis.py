@@ -255,7 +255,7 @@ def profile_checkpoint(path: Path, device: torch.device, args: Namespace) -> Pro
     prompt = torch.randint(model.args.vocab_size, (args.prompt_tokens,), generator=generator)
     for _ in range(2):  # the first warms up
         times = timed_run(engine, prompt.tolist(), args.max_new_tokens)
-    with traced(engine, generate.__globals__), torch.profiler.profile() as profiler:
+    with traced(engine), torch.profiler.profile() as profiler:
         timed_run(engine, prompt.tolist(), args.max_new_tokens)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"

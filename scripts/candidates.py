@@ -208,8 +208,8 @@ class Peer:
 
 
 def rope_base(kind: LayerKind) -> float:
-    """The base of which the frequencies of an unscaled rotation are powers."""
-    return kind.rope[1] ** (-kind.head_dim / 2)
+    """The base of which the frequencies of an unscaled rotation are powers, to five digits."""
+    return float(f"{kind.rope[1] ** (-kind.head_dim / 2):.5g}")  # float32 leaves no more
 
 
 def write_gguf(path: Path, model: Transformer, kind: str) -> int:

@@ -145,8 +145,10 @@ def assemble(
     state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     for file, name, tensor in tqdm(tensors, "converting", len(table), unit="tensor"):
         part = table[name]
-        if not tensor.is_floating_point():
-            raise UserError(f"{file}: {name} is {tensor.dtype}, no floats; fetch the files again")
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise UserError(
+                f"{file}: {name} is {tensor.dtype}, no plain floats; fetch the files again"
+            )
         if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...] -> [H*D, ...]
             tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2).flatten(0, 2)
         rows = state[part.name][part.start : part.start + part.shape[0]]
@@ -209,7 +211,7 @@ def open_shard(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], T
                 yield {name: tuple(shape) for name, shape in shapes.items()}, shard.get_tensor
         else:
             shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            yield {name: tuple(t.shape) for name, t in shard.items()}, shard.__getitem__
+            yield {str(name): tuple(t.shape) for name, t in shard.items()}, shard.__getitem__
     except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{file} is not whole ({reason}); download it again") from None

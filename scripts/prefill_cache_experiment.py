@@ -59,7 +59,7 @@ def stored(
     """A cache with the context in memory, its file in `folder`, and seconds to store and load."""
     model, seconds = engine.model, {}
     cache = PrefillCache(BYTES, folder)
-    cache.remember(context, model, engine.prefill)
+    cache.prefill_context(context, model, engine.prefill)
     synchronize(model.device)
     for name, action in (
         ("store", lambda: cache.store(context, model)),

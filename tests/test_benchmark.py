@@ -36,9 +36,9 @@ SHORT = ["--prompt", "20", "--gen", "4", "--runs", "2", "--no-cold"]
 
 
 @pytest.fixture(autouse=True)
-def presets(monkeypatch, tmp_path):
+def presets(monkeypatch, tmp_path_factory):
     """Shapes `tiny` and `tied` beside those that there are."""
-    file = tmp_path / "presets.json"
+    file = tmp_path_factory.mktemp("presets") / "presets.json"
     file.write_text(json.dumps(json.loads(families.PRESETS.read_text()) | SHAPES))
     monkeypatch.setattr(families, "PRESETS", file)
 
@@ -160,7 +160,8 @@ def test_what_is_timed_are_as_many_steps_as_asked_for(run, monkeypatch):
     flags = ["--model", "tiny", "--schemes", "bf16", "--depth", "50,128", "--prompt", "20"]
     code, _, err, _ = run(*flags, "--gen", "12", "--runs", "1", "--no-cold")
     assert code == 0, err
-    turn = [*range(50, 63), *range(128, 141), 50, 50, 50]  # the last three are verifications
+    # The token that stands at the depth is prefilled; the last three are verifications.
+    turn = [*range(51, 63), *range(129, 141), 50, 50, 50]
     assert places == 2 * turn  # a warm-up and a run
 
 

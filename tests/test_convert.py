@@ -225,6 +225,8 @@ def test_memory_holds_one_copy_of_the_model(kind, tmp_path):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
     folder, file = tmp_path / "model", tmp_path / "a.gguf"
     if kind == "gguf":
         write_gguf(file, model, "llama", Kind.BF16)
@@ -268,6 +270,14 @@ MISTAKES = {
         "safetensors",
         lambda f: edit_tensors(f, lambda s: s.update({"model.extra": torch.ones(1)})),
         "model.extra",
+    ),
+    "sparse": (
+        "bin",
+        lambda f: torch.save(
+            torch.load(f / "pytorch_model.bin") | {K_PROJ: torch.ones(32, 64).to_sparse()},
+            f / "pytorch_model.bin",
+        ),
+        f"{K_PROJ} is torch.float32, no plain floats",
     ),
     "wrong shape": (
         "safetensors",
