@@ -309,8 +309,10 @@ class Transformer(nn.Module):
             layer.attention.kv_cache = KVCache(*shape, like=weight)
         positions = torch.arange(max_seq_length + 1, dtype=torch.float32)
         angles = torch.outer(positions, rope_frequencies(args))  # [S + 1, D/2]
-        table = torch.stack((angles.cos(), angles.sin()), -1).to(weight.device)
-        self.register_buffer("freqs_cis", table, persistent=False)
+        # Not cos() and sin(): MKL's first vector math call in a process may be off by 1e-4 when
+        # threads share it (pytorch #188792), and this table lasts for the whole run.
+        table = torch.view_as_real(torch.polar(torch.ones_like(angles), angles))  # [S + 1, D/2, 2]
+        self.register_buffer("freqs_cis", table.to(weight.device), persistent=False)
         self.max_seq_length = max_seq_length
 
     def prepare(self) -> None:
