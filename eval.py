@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import tp
@@ -199,7 +200,8 @@ class Evaluator(TemplateLM):
                 for i in places
             ]
             targets = torch.tensor(next_tokens, device=device)  # [N]
-            log_probs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+            # Not logsumexp(), whose exp() has the fault that `Transformer.setup_caches` avoids.
+            log_probs = -F.cross_entropy(logits, targets, reduction="none")
             hits = (logits.argmax(1) == targets).cpu().split(counts)
             for row, part in enumerate(log_probs.cpu().double().split(counts)):
                 totals[row] += part.sum().item()
