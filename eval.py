@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import tp
@@ -201,7 +202,8 @@ class Evaluator(TemplateLM):
                 for i in places
             ]
             targets = torch.tensor(next_tokens, device=device)  # [N]
-            log_probs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+            # Not logsumexp(): its exp() may be MKL's, whose fault `model.rotations` describes.
+            log_probs = -F.cross_entropy(logits, targets, reduction="none")
             if not log_probs.isfinite().all():
                 raise UserError(NOT_FINITE)
             hits = (logits.argmax(1) == targets).cpu().split(counts)

@@ -70,12 +70,3 @@ def write_checkpoint(folder: Path, config: dict = CONFIG, dtype=torch.float32) -
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-def pytest_collection_modifyitems(items):
-    """Run the tests of eval.py last: they load lm-eval and its Hugging Face adapter.
-
-    On a loaded machine a greedy text in test_generate.py was twice seen to differ after them in the
-    same process, and never without them; why is not known yet.
-    """
-    items.sort(key=lambda item: item.path.name == "test_eval.py")

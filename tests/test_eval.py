@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from tokenizers.processors import TemplateProcessing
 import cli
 import eval as evaluation
 from conftest import CONFIG, ROOT, SPECIALS, random_model, write_checkpoint
-from eval import Evaluator, windows
 from engine import load
+from eval import Evaluator, windows
 from test_generate import options_of
 from tokenizer import Tokenizer
 
@@ -269,6 +270,17 @@ def test_perplexity_is_that_of_a_plain_computation(stride, checkpoint, tmp_path,
     assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT), rel=1e-4)
     assert (figures["tokens"], figures["stride"]) == (len(TEXT), stride)
     assert f"window {WINDOW}, stride {stride}" in capsys.readouterr().out
+
+
+def test_perplexity_is_the_same_whatever_kernels_mkl_picks(checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = ["--checkpoint_path", checkpoint, "--precision", "float32", "--device", "cpu"]
+    flags += ["--perplexity", tmp_path / "text.txt", "--output_path", tmp_path / "figures.json"]
+    command, found = [sys.executable, ROOT / "eval.py", *flags], []
+    for variables in ({}, {"MKL_VML_DEBUG_CPU_TYPE": "9"}):  # as in test_model.py
+        subprocess.run(command, env=os.environ | variables, check=True, capture_output=True)
+        found.append(json.loads((tmp_path / "figures.json").read_text())["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 # ---- Compilation -------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import torch
 
 from cli import UserError
 from conftest import CONFIG, random_model, write_checkpoint
-from gptq import calibration_sequences, gptq, quantize_blocks
 from engine import load_model
+from gptq import calibration_sequences, gptq, quantize_blocks
 from linear import Linear
 
 OUT, IN = 48, 192

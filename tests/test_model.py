@@ -1,5 +1,8 @@
 """The network equals Hugging Face's on every family, and a checkpoint loads or says why not."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import transformers
 
 import kernels
 from cli import UserError
-from conftest import CONFIG, random_model, write_checkpoint
+from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from engine import load_model
 from families import from_config
 from linear import Linear, linear_for
@@ -179,6 +182,24 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     torch.save({"tok_embeddings.weight": Path("code")}, path)
     with pytest.raises(UserError, match="not a whole state dict"):
         load_model(path, "cpu")
+
+
+def test_rotations_are_exact_whatever_kernels_mkl_picks():
+    # 9 is what threads may see on CPUs with AVX-512 while the first call of MKL's vector math is
+    # still working out the CPU's type. It leads to kernels that are off by 1e-4.
+    code = """
+import torch
+from conftest import CONFIG, random_model
+model = random_model(CONFIG)
+model.setup_caches(1, 512)
+angles = torch.outer(torch.arange(513.0), torch.tensor(model.args.kinds[0].rope)).double()
+exact = torch.stack((angles.cos(), angles.sin()), -1)
+assert (model.layers[0].attention.freqs_cis - exact).abs().max() < 1e-6
+"""
+    variables = os.environ | {"MKL_VML_DEBUG_CPU_TYPE": "9"}
+    options = {"cwd": ROOT / "tests", "env": variables, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.returncode == 0, done.stderr
 
 
 def test_kv_steps_cover_what_is_filled_and_little_more():
