@@ -1,5 +1,6 @@
 """A prefilled context saves time and changes nothing else, whatever lies on the disk."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -380,7 +381,7 @@ def test_a_checkpoint_that_has_changed_makes_its_files_stale(tmp_path, capsys):
     [
         lambda model: model.tok_embeddings.weight.data.neg_(),
         lambda model: model.norm.weight.data[3:4].add_(1),
-        lambda model: setattr(model.args, "rope_base", 5e5),
+        lambda model: setattr(model, "args", dataclasses.replace(model.args, norm_eps=1e-3)),
         lambda model: model.double().setup_caches(1, 64),
     ],
 )
