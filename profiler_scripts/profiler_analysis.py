@@ -35,7 +35,7 @@ from cli import Parser, UserError, number, output_file, replacing, run
 from generate import Engine, Sampling, generate
 from model import Transformer, find_device
 from ranges import MARK, traced
-from scripts.benchmark import read_bandwidth
+from scripts.bandwidth import read_bandwidth
 
 PHASES = ("Prefill", "Decode")
 COMPILED = "Compiled block"

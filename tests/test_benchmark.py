@@ -19,7 +19,7 @@ from conftest import CONFIG, write_checkpoint
 from linear import Int4Linear, Int8ActivationLinear, Int8Linear, Linear
 from model import PRESETS, ModelArgs, Transformer
 from quantize import quantize
-from scripts import benchmark, candidates, convert_gguf
+from scripts import bandwidth, benchmark, candidates, convert_gguf
 from scripts.benchmark import Timing
 from scripts.candidates import Case, make
 
@@ -267,22 +267,22 @@ def test_the_probe_streams_more_than_the_caches_hold(monkeypatch):
         sizes.append(buffer.nbytes)
         return buffer[:1]  # would be the fastest
 
-    monkeypatch.setattr(benchmark, "READERS", {"sum of int64": benchmark.READERS["sum of int64"]})
-    found = benchmark.read_bandwidth(CPU)
-    monkeypatch.setattr(benchmark, "READERS", {"none": recorded})
-    benchmark.read_bandwidth(CPU)
+    monkeypatch.setattr(bandwidth, "READERS", {"sum of int64": bandwidth.READERS["sum of int64"]})
+    found = bandwidth.read_bandwidth(CPU)
+    monkeypatch.setattr(bandwidth, "READERS", {"none": recorded})
+    bandwidth.read_bandwidth(CPU)
     assert 1e8 < found < 1e13
-    assert set(sizes) == {benchmark.probe_bytes(CPU)} and sizes[0] >= 8 * benchmark.cache_bytes()
+    assert set(sizes) == {bandwidth.probe_bytes(CPU)} and sizes[0] >= 8 * bandwidth.cache_bytes()
 
 
-@pytest.mark.parametrize("name", benchmark.READERS)
+@pytest.mark.parametrize("name", bandwidth.READERS)
 def test_every_reader_reads_the_whole_buffer(name):
     """Whatever is changed, at the start or the end, its result is another one."""
     found = []
     for place in (slice(0), 0, 1500, -1):
         buffer = torch.ones(4096)
         buffer[place] = 3.0
-        found.append(benchmark.READERS[name](buffer).tolist())
+        found.append(bandwidth.READERS[name](buffer).tolist())
     assert found[0] not in found[1:]
 
 
