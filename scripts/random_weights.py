@@ -59,10 +59,12 @@ def fill(model: Transformer, device: torch.device) -> Transformer:
             if tensor.dtype in (torch.int8, torch.uint8):  # every bit random
                 noise(tensor, lambda x: x.view(torch.uint8).random_(256, generator=generator))
             elif key == "scales_and_zeros":
-                normal(tensor, 0, spread / 8)  # the zeros
-                scales = torch.empty_like(tensor[..., 0])
+                scales, zeros = torch.empty(
+                    2, *tensor.shape[:-1], dtype=tensor.dtype, device=device
+                )
                 normal(scales, spread / 4.6, spread / 46)  # 4.6: the spread of 4-bit codes
-                tensor[..., 0] = scales
+                normal(zeros, spread / 9.2, spread / 16)  # the mean code is 7.5
+                tensor.copy_(torch.stack((scales, zeros), -1))
             elif key.startswith("scales"):
                 normal(tensor, spread / 74, spread / 740)  # 74: the spread of 8-bit codes
             elif "norm" in name:
