@@ -218,6 +218,8 @@ def test_a_cell_that_takes_too_long_is_cut_off(check, monkeypatch):
     assert time.monotonic() - began < 4
     assert code == 0 and "- text bf16: cut off after 2 s" in out
     assert status_of(rows, "bandwidth-after") == {"": "passed"}
+    _, out, _, _ = check("--stages", "text", "--budget", 1)  # alone it has all the time
+    assert "- text bf16: cut off after 1 s" in out
 
 
 # ---- The command line --------------------------------------------------------------------------
