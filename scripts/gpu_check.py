@@ -98,7 +98,8 @@ def float_logits(model: Transformer, text: Tensor) -> Tensor:
 
 
 def random_text(rows: int, length: int) -> Tensor:
-    return torch.randint(512, (rows, length), generator=torch.Generator().manual_seed(0))
+    vocabulary = min(args.vocab_size for args in SMALL.values())
+    return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 # ------------------------------------------------------------------------------------------------
