@@ -42,17 +42,16 @@ from quantize import GROUP_SIZES
 from scripts.candidates import (
     GGUF_TYPES,
     GREEDY,
-    MARKERS,
     Case,
     HuggingFace,
     LlamaCpp,
     Ours,
     greedy,
-    linears,
     make,
     skeleton,
 )
 from scripts.machine import Timing, any_disturbed, free_bytes, machine, peak_bytes, probe
+from scripts.random_weights import MARKERS, linears
 from speculate import DraftModel, PromptLookup, Speculator, load_draft, speculate
 from tokenizer import Tokenizer
 

@@ -11,24 +11,23 @@ import dataclasses
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import UserError
 from engine import Engine, Sampling, Token, generate, load_model
 from families import preset, read_config
-from linear import Linear, linear_for
+from linear import Linear
 from model import LayerKind, ModelArgs, Transformer
 from quantize import check_groups, quantize
 from scripts.convert_gguf import GGUF_NAMES
 from scripts.convert_hf_checkpoint import HF_NAMES, parts
+from scripts.random_weights import empty_model, fill, linears, noise
 
-MARKERS = {"bf16": "", "int8": "scales", "int8-activation": "scales_a8", "int4": "scales_and_zeros"}
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 GREEDY = Sampling(temperature=0)
 
@@ -60,58 +59,14 @@ class Case:
         return self.random or self.scheme not in ("bf16", "as stored")
 
 
-def linears(model: Transformer) -> dict[str, Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-
-
 def skeleton(case: Case) -> Transformer:
     """The model without values, on the meta device; `UserError` if groups do not fit."""
     if not case.made:
         return load_model(Path(case.checkpoint), "meta")
     with torch.device("meta"):
-        model = Transformer(case.args)
-    layers = linears(model)
+        layers = linears(Transformer(case.args))
     check_groups(layers, dict.fromkeys(layers, case.scheme), case.groupsize)
-    for name, linear in layers.items():
-        groups = torch.empty(linear.in_features // case.groupsize, 0)
-        model.set_submodule(name, linear_for(linear, {MARKERS[case.scheme]: groups}))
-    if model.args.tied and case.scheme == "bf16":
-        model.output.weight = model.tok_embeddings.weight
-    return model.requires_grad_(False).eval().bfloat16()
-
-
-def noise(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-    """Fill a tensor by repeating a million random values: more would not change its speed."""
-    flat = tensor.view(-1)
-    known = min(1_000_003, len(flat))  # a prime, so that no two rows are the same
-    draw(flat[:known])
-    while known < len(flat):
-        more = min(known, len(flat) - known)
-        flat[known : known + more] = flat[:more]
-        known += more
-
-
-def fill(model: Transformer, device: torch.device) -> Transformer:
-    """Give a skeleton random weights on the device, whose products keep the size of x."""
-    tied = model.output.weight is model.tok_embeddings.weight
-    model = model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, module in model.named_modules():
-        spread = getattr(module, "in_features", 1) ** -0.5
-        for key, tensor in module.named_parameters(recurse=False):
-            if tensor.dtype in (torch.int8, torch.uint8):  # every bit random
-                noise(tensor, lambda x: x.view(torch.uint8).random_(256, generator=generator))
-            elif key == "scales_and_zeros":
-                tensor.zero_()[..., 0] = spread / 4.6  # by which 4-bit codes spread
-            elif key.startswith("scales"):
-                tensor.fill_(spread / 74)  # by which 8-bit codes spread
-            elif "norm" in name:
-                tensor.fill_(1)
-            else:
-                noise(tensor, lambda x, s=spread: x.normal_(0, s, generator=generator))
-    if tied:
-        model.output.weight = model.tok_embeddings.weight
-    return model
+    return empty_model(case.args, case.scheme, case.groupsize)
 
 
 def quantized(source: Transformer, model: Transformer, case: Case) -> Transformer:

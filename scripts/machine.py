@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+from engine import synchronize
 
 
 def cache_bytes() -> int:

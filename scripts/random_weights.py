@@ -1,0 +1,76 @@
+"""Models with random weights in every scheme, made on the device: no file is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from linear import Linear, linear_for
+from model import ModelArgs, Transformer
+
+MARKERS = {"bf16": "", "int8": "scales", "int8-activation": "scales_a8", "int4": "scales_and_zeros"}
+
+
+def linears(model: Transformer) -> dict[str, Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def empty_model(args: ModelArgs, scheme: str, groupsize: int) -> Transformer:
+    """The model without values, on the meta device; `groupsize` has to divide every width."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    for name, linear in linears(model).items():
+        groups = torch.empty(linear.in_features // groupsize, 0)
+        model.set_submodule(name, linear_for(linear, {MARKERS[scheme]: groups}))
+    if args.tied and scheme == "bf16":
+        model.output.weight = model.tok_embeddings.weight
+    return model.requires_grad_(False).eval().bfloat16()
+
+
+def noise(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Fill a tensor by repeating a million random values, which is enough and fast."""
+    flat = tensor.view(-1)
+    known = min(1_000_003, len(flat))  # a prime, so that no two rows are the same
+    draw(flat[:known])
+    while known < len(flat):
+        more = min(known, len(flat) - known)
+        flat[known : known + more] = flat[:more]
+        known += more
+
+
+def fill(model: Transformer, device: torch.device) -> Transformer:
+    """Give an empty model random weights on the device; matmuls keep the size of x."""
+    tied = model.output.weight is model.tok_embeddings.weight
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(tensor: Tensor, mean: float, spread: float) -> None:
+        noise(tensor, lambda x: x.normal_(mean, spread, generator=generator))
+
+    for name, module in model.named_modules():
+        spread = getattr(module, "in_features", 1) ** -0.5
+        for key, tensor in module.named_parameters(recurse=False):
+            if tensor.dtype in (torch.int8, torch.uint8):  # every bit random
+                noise(tensor, lambda x: x.view(torch.uint8).random_(256, generator=generator))
+            elif key == "scales_and_zeros":
+                scales, zeros = torch.empty(
+                    2, *tensor.shape[:-1], dtype=tensor.dtype, device=device
+                )
+                normal(scales, spread / 4.6, spread / 46)  # 4.6: the spread of 4-bit codes
+                normal(zeros, spread / 9.2, spread / 16)  # the mean code is 7.5
+                tensor.copy_(torch.stack((scales, zeros), -1))
+            elif key.startswith("scales"):
+                normal(tensor, spread / 74, spread / 740)  # 74: the spread of 8-bit codes
+            elif "norm" in name:
+                normal(tensor, 1, 0.1)
+            else:
+                normal(tensor, 0, spread)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    return model
