@@ -128,6 +128,7 @@ def clone(tmp_path_factory) -> Path:
     for pattern in (
         "*.py",
         "*.cpp",
+        "*.json",
         "*.txt",
         "*.md",
         "scripts/*",
