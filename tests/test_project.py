@@ -128,6 +128,7 @@ def clone(tmp_path_factory) -> Path:
     for pattern in (
         "*.py",
         "*.cpp",
+        "*.json",
         "*.txt",
         "*.md",
         "scripts/*",
@@ -177,4 +178,6 @@ def test_the_modules_can_be_installed(clone, tmp_path):
     done = run_in(clone, sys.executable, *flags, ".")
     assert done.returncode == 0, done.stderr
     installed = {file.name for file in tmp_path.iterdir() if file.is_file()}
-    assert installed == {f.name for e in ("py", "cpp") for f in ROOT.glob(f"*.{e}")} - {"setup.py"}
+    assert installed == {f.name for e in ("py", "cpp", "json") for f in ROOT.glob(f"*.{e}")} - {
+        "setup.py"
+    }
