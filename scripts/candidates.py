@@ -85,7 +85,7 @@ def make(case: Case, device: torch.device, length: int) -> Transformer:
     if not case.made:
         model = load_model(Path(case.checkpoint), device)
     elif case.random:
-        model = fill(skeleton(case), device)
+        model = fill(skeleton(case), device, symmetric=True)
     else:
         source = load_model(Path(case.checkpoint), device)
         model = quantized(source, skeleton(case), case)

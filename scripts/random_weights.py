@@ -44,8 +44,11 @@ def noise(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
         known += more
 
 
-def fill(model: Transformer, device: torch.device) -> Transformer:
-    """Give an empty model random weights on the device; matmuls keep the size of x."""
+def fill(model: Transformer, device: torch.device, symmetric: bool = False) -> Transformer:
+    """Give an empty model random weights on the device; matmuls keep the size of x.
+
+    The zeros of `symmetric` int4 are 0, as those of llama.cpp's Q4_0 are.
+    """
     tied = model.output.weight is model.tok_embeddings.weight
     model = model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
@@ -64,6 +67,7 @@ def fill(model: Transformer, device: torch.device) -> Transformer:
                 )
                 normal(scales, spread / 4.6, spread / 46)  # 4.6: the spread of 4-bit codes
                 normal(zeros, spread / 9.2, spread / 16)  # the mean code is 7.5
+                zeros *= not symmetric
                 tensor.copy_(torch.stack((scales, zeros), -1))
             elif key.startswith("scales"):
                 normal(tensor, spread / 74, spread / 740)  # 74: the spread of 8-bit codes

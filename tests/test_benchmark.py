@@ -345,12 +345,13 @@ def test_marks_are_shown_and_explained(run, monkeypatch, busy, sign, note):
 clock = itertools.count()
 
 
-def test_the_probe_needs_nothing_but_torch():
-    """So a script that only asks for the bandwidth starts fast, and runs where little is."""
+def test_the_probe_needs_no_package_but_torch():
+    """So it runs where little is installed."""
     code = "import sys; old = {*sys.modules}; import scripts.machine; print({*sys.modules} - old)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     loaded = {name.split(".")[0] for name in ast.literal_eval(done.stdout)}
-    assert not loaded & {file.stem for file in ROOT.glob("*.py")} and "gguf" not in loaded
+    packages = {"gguf", "safetensors", "tokenizers", "sentencepiece", "lm_eval"}
+    assert "torch" in loaded and not loaded & packages
 
 
 # ---- Starts ------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import torch
 import cli
 import engine as engine_module
 import generate as cli_generate
+from cli import UserError
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from engine import Engine, Sampling, candidates, generate, load_model, sample
 from model import Transformer
@@ -178,6 +179,88 @@ def read_llama2c(data: Path, folder: Path) -> tuple[Transformer, list[bytes]]:
         raw = raw[8 + length :]
     path = folder / "stories260K" / "model.pth"
     return load_model(path, "cpu", torch.float32), vocabulary
+
+
+def broken(config: dict = CONFIG, value=float("nan")) -> Engine:
+    """An engine whose model gives a logit of this value after token 77 alone."""
+    model = random_model(config)
+    model.tok_embeddings.weight.data[77, 0] = value
+    model.setup_caches(2, 64)
+    return Engine(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_the_text(value):
+    with pytest.raises(UserError, match="logits that are NaN or infinite"):
+        run_rows(broken(value=value), [[5, 77]], n=3)  # after the prefill
+    decoded = engine_module.generate(
+        broken(value=value),
+        [[5, 9]],
+        GREEDY,
+        3,
+        **options_of(shape_logits=lambda row, ids, logits: logits.index_fill(0, SEVEN, 1e30)),
+    )
+    assert next(decoded)[0].id == 77
+    with pytest.raises(UserError, match="logits that are NaN or infinite"):
+        next(decoded)  # decoding says it with the token, and waits for nothing more
+
+
+SEVEN = torch.tensor([77])
+
+
+def test_a_damaged_checkpoint_prints_nothing_and_ends_with_code_2(run_cli, tmp_path):
+    path = write_checkpoint(tmp_path)
+    state = torch.load(path)
+    state["layers.1.feed_forward.w2.weight"][3, 5] = float("nan")
+    torch.save(state, path)
+    for flags in ((), ("--prompt_lookup",)):
+        code, out, err = run_cli("--checkpoint_path", path, "--prompt", "ab", *flags)
+        assert code == 2 and "logits that are NaN or infinite" in err and out == "ab"
+
+
+# ---- Rows of their own, records of every token ---------------------------------------------------
+
+
+def test_a_rows_text_never_depends_on_its_neighbours():
+    """Sampled text, too: each row has its own generator, settings and end."""
+    samplings = [Sampling(1.0, 0), GREEDY, Sampling(0.7, 20, 0.9, 0.01), Sampling(1.0, 0)]
+    alone = []
+    for i, (prompt, sampling) in enumerate(zip(PROMPTS, samplings, strict=True)):
+        alone += run_rows(engine(), [prompt], n=20, sampling=sampling, seed=5 + i)
+    assert run_rows(engine(4), PROMPTS, n=20, sampling=samplings, seed=5) == alone
+    some = [PROMPTS[3], [], PROMPTS[1]]  # an empty prompt has ended before it begins
+    options = dict(n=20, sampling=[samplings[3], GREEDY, samplings[1]], seeds=[8, 0, 0])
+    assert run_rows(engine(3), some, **options) == [alone[3], [], alone[1]]
+    assert alone[0] != run_rows(engine(), [PROMPTS[0]], n=20, sampling=samplings[0], seed=6)[0]
+
+
+def test_each_row_ends_by_its_own_limit():
+    limits, counts = [3, 9, 1, 5], [0] * 4
+
+    def until(row, token):
+        counts[row] += 1
+        return counts[row] == limits[row]
+
+    rows = run_rows(engine(4), PROMPTS, until=until)
+    assert [len(row) for row in rows] == limits == counts
+
+
+def test_log_probabilities_are_those_of_the_raw_logits():
+    tokens, text = [], list(PROMPTS[0])
+    options = options_of(logprobs=4, shape_logits=lambda row, ids, logits: logits.flip(0))
+    for (token,) in generate(engine(), [text], Sampling(0.7, 10), 12, **options):
+        tokens.append(token)
+    ids = torch.tensor([text + [token.id for token in tokens]])
+    model = random_model(CONFIG)
+    model.setup_caches(1, 64)
+    logits = model(ids, torch.arange(ids.shape[1])[None], 64).logits[0, len(text) - 1 : -1]
+    for token, row in zip(tokens, logits.double().log_softmax(-1), strict=True):
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
+        values, ids = row.topk(4)
+        assert [i for i, _ in token.top] == ids.tolist()
+        assert [p for _, p in token.top] == pytest.approx(values.tolist(), abs=1e-4)
+    plain = next(generate(engine(), [text], GREEDY, 1, **options_of()))[0]
+    assert plain.logprob is None and plain.top == ()
 
 
 # ---- Sampling ----------------------------------------------------------------------------------

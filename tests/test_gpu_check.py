@@ -14,10 +14,17 @@ import kernels
 import linear
 from conftest import ROOT
 from scripts import gpu_check
-from scripts.gpu_check import MODES, SCHEMES, SMALL, STAGES, TABLES
+from scripts.gpu_check import MODES, SCHEMES, STAGES, TABLES, small
 
 BUS = 10.0  # GB/s that the probe is said to find
 CPU = torch.device("cpu")
+# As gpu_check.SMALL, and smaller: bf16 is slow on most CPUs.
+SMALL = {
+    "llama": small(128, 4, 2, 128, vocab_size=96),
+    "qwen2": small(128, 4, 1, 128, vocab_size=96, model_type="qwen2"),
+    "qwen3": small(128, 2, 2, 128, vocab_size=96, model_type="qwen3", head_dim=128),
+    "tied": small(128, 4, 4, 128, vocab_size=96, tie_word_embeddings=True),
+}
 
 
 @pytest.fixture
@@ -27,6 +34,7 @@ def check(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(gpu_check, "read_bandwidth", lambda device: BUS * 1e9)
     short = {"REPEATS": 2, "GEN": 8, "NEW_TOKENS": 16, "DEPTH": 64, "PREFILL": 48}
+    short |= {"SMALL": SMALL, "SHAPES": gpu_check.SHAPES | {"tiny": SMALL["llama"]}}
     for name, value in short.items():
         monkeypatch.setattr(gpu_check, name, value)
 
@@ -160,7 +168,7 @@ def test_nan_never_passes(check, plant, monkeypatch):
 
 def test_a_text_that_differs_in_a_wide_gap_fails_and_in_a_near_tie_does_not(check, monkeypatch):
     def third_is_wrong(engine, prompt, new):
-        return [*new[:2], (new[2] + 1) % 512, *new[3:]]
+        return [*new[:2], (new[2] + 1) % 96, *new[3:]]
 
     monkeypatch.setattr(gpu_check, "SCHEMES", ("bf16",))
     monkeypatch.setattr(gpu_check, "verified", third_is_wrong)

@@ -24,9 +24,10 @@ from model import Transformer
 from quantize import quantize
 
 SCHEMES = ["bf16", "int8", "int8-activation", "int4"]
-SHAPES = [(32, 1), (96, 48), (64, 50), (160, 33), (576, 96), (1536, 31), (2048, 64)]
-ROWS = (*range(1, 10), 11, 12, 13, 24, 25, 31, 32, 33, 48, 100)
+SHAPES = [(32, 1), (64, 50), (160, 33), (576, 96), (1536, 31)]
+ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 33, 50)
 BOUND = 3e-3  # of the norm: that y is rounded to bf16 makes half of it
+SUPPORTED = kernels.supported
 NATIVE = kernels.supported()
 HEADER = ROOT / "tests" / "emulated" / "immintrin.h"
 native = pytest.mark.skipif(not NATIVE, reason="needs the bf16 instructions of AVX-512")
@@ -91,7 +92,7 @@ def test_products_agree_with_floats(scheme, width, height):
 def test_a_row_gives_the_same_bits_alone_and_among_others(scheme, width, height, prefill):
     linear, _ = make_linear(scheme, width, height)
     linear.pack_weights()
-    x = torch.randn(100, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = torch.randn(60, width, generator=torch.Generator().manual_seed(1)).bfloat16()
     whole = linear(x, prefill)
     for rows in ROWS:
         assert torch.equal(linear(x[:rows], prefill), whole[:rows]), rows
@@ -151,8 +152,8 @@ def attend(q, k, v, input_pos, window=0, sinks=None, scale=None):
     return torch.ops.tokenbus.attend(q, k, v, input_pos, scale, window, sinks)
 
 
-@pytest.mark.parametrize("width", [2, 20, 30, 32, 64, 80, 96, 128, 200, 256])
-@pytest.mark.parametrize("heads, group", [(1, 1), (3, 3), (2, 8), (4, 5)])
+@pytest.mark.parametrize("width", [2, 20, 30, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads, group", [(1, 1), (3, 3), (2, 8)])
 @pytest.mark.parametrize("window, with_sinks", [(0, False), (7, False), (20, True)])
 def test_attention_agrees_with_floats(width, heads, group, window, with_sinks):
     generator = torch.Generator().manual_seed(width)
@@ -251,7 +252,7 @@ def test_without_kernels_the_same_layers_run(scheme, monkeypatch):
 
 # ---- The whole model in one ----------------------------------------------------------------------
 
-SHAPE = CONFIG | {"hidden_size": 192, "num_attention_heads": 6}
+SHAPE = CONFIG | {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 64}
 MIXED = ["int8", "int4", "bf16", "int8-activation"]  # of the Linears, one after the other
 FAMILIES = {
     "llama": SHAPE,
@@ -349,7 +350,7 @@ def test_one_arithmetic_a_pass(who, schemes, config):
     """A prompt gives the same bits alone, in a batch and in any pieces; so do decoded tokens."""
     model = quantized_model(config, schemes)
     model.pack_weights()
-    for prefill, sizes in ((True, (1, 2, 5, 13, 32, 33)), (False, (1, 3, 12, 32))):
+    for prefill, sizes in ((True, (1, 5, 33)), (False, (1, 12, 32))):
         whole = logits_in_pieces(who, model, IDS, 40, prefill)
         for size in sizes:
             assert torch.equal(logits_in_pieces(who, model, IDS[:1], size, prefill), whole[:1])
@@ -449,6 +450,7 @@ def test_a_second_process_finds_compiled_blocks_in_the_cache(tmp_path):
 
 
 def test_other_cpus_are_left_alone(monkeypatch):
+    monkeypatch.setattr(kernels, "supported", SUPPORTED)
     cpus = ["processor : 0\nflags : fpu avx2 fma\n", "Features : asimd\n", ""]
     for text in cpus:
         monkeypatch.setattr(kernels.Path, "read_text", lambda self, text=text: text)

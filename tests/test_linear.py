@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 from linear import Int4Linear, Linear, linear_for, pack_int4, unpack_int4
 from quantize import dequantize, quantize
 
@@ -120,3 +121,19 @@ def test_constant_and_zero_weights_quantize():
         for scheme in SCHEMES:
             result = dequantize(Linear(64, 16), quantize(weight, scheme, 32))
             assert torch.allclose(result, weight, rtol=1e-2, atol=1e-6), (scheme, value)
+
+
+@pytest.mark.parametrize("width", [2, 30, 86, 100, 576])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_int8_of_any_width_needs_no_kernels(width, dtype, monkeypatch):
+    """A rank's slice of 86 columns, say: PyTorch's own operation takes multiples of 16 alone."""
+    monkeypatch.setattr(kernels, "load", lambda: False)
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randn(40, width, generator=generator)
+    linear = linear_for(Linear(width, 40), tensors := quantize(weight, "int8", 32))
+    linear.load_state_dict(tensors, assign=True)
+    linear.requires_grad_(False).to(dtype).pack_weights()
+    for rows in (1, 2, 8, 33):
+        x = torch.randn(rows, width, generator=generator).to(dtype)
+        expected = x.float() @ (tensors["weight"].float() * tensors["scales"].float()[:, None]).t()
+        assert (linear(x).float() - expected).norm() / expected.norm() < 0.01

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import kernels
+from checkpoint import find_device
 from cli import UserError
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from engine import load_model
@@ -247,3 +248,14 @@ def test_logits_in_bf16_are_the_same_bits_for_one_token_and_for_several(scheme):
         logits = [model(idx, pos, model.kv_steps(int(pos.max()) + 1)).logits for idx, pos in parts]
         outcomes.append(torch.cat(logits, 1))
     assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])
+
+
+def test_a_device_that_is_not_here_is_refused(monkeypatch):
+    for name in ("gpu", "cuda:99", "meta"):
+        with pytest.raises(UserError, match=name):
+            find_device(name)
+    monkeypatch.setenv("DEVICE", "tpu")
+    with pytest.raises(UserError, match="tpu"):
+        find_device(None)
+    monkeypatch.setenv("DEVICE", "cpu")
+    assert find_device(None) == torch.device("cpu")

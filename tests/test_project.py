@@ -16,14 +16,26 @@ from conftest import ROOT
 
 # A file imports only from lower floors.
 FLOORS = [
-    {"cli", "kernels", "chat_template"},
-    {"linear", "tokenizer"},
+    {"cli", "build_cpp", "chat_template"},
+    {"kernels", "checkpoint", "tokenizer"},
+    {"linear"},
     {"model"},
-    {"prefill_cache", "tp", "gptq", "ranges"},
+    {"families"},
+    {"engine"},
+    {"speculate", "prefill_cache", "tp", "ranges", "gptq"},
     {"generate", "quantize"},
     {"eval", "scripts", "profiler_scripts"},
 ]
-CORE = ("chat_template", "cli", "linear", "model", "tokenizer", "quantize", "generate", "tp")
+CORE = ("tokenizer", "linear", "model", "engine")  # from a prompt's text to its next token
+CORE_LINES, FILE_LINES, CPP_LINES = 750, 450, 850  # each file's, but the core's together
+LEFT_OUT = ("speculate", "prefill_cache", "tp", "ranges", "kernels", "build_cpp")
+
+
+def scripts() -> list[Path]:
+    """Every Python file but the tests."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("profiler_scripts/*.py")]
+    assert len(files) >= 25
+    return files
 
 
 def code_lines(source: str) -> int:
@@ -50,39 +62,46 @@ def test_code_lines_are_counted_right():
     assert code_lines(source) == len(code)
 
 
-def test_the_core_is_as_small_as_the_readme_says():
-    counts = {
-        path.name: code_lines(path.read_text()) for path in map(core_path, CORE) if path.exists()
-    }
-    assert {"cli.py", "linear.py", "model.py", "tokenizer.py", "generate.py"} <= counts.keys()
-    (promise,) = re.findall(r"under (\d+)\s+lines of code", (ROOT / "README.md").read_text())
-    assert sum(counts.values()) < int(promise), counts
+def test_from_text_to_the_next_token_is_few_lines():
+    counts = {name: code_lines((ROOT / f"{name}.py").read_text()) for name in CORE}
+    assert sum(counts.values()) < CORE_LINES, counts
+    assert f"under {CORE_LINES} lines of code" in (ROOT / "README.md").read_text()
 
 
-def core_path(name: str) -> Path:
-    return ROOT / f"{name}.py"
+def test_no_file_is_long():
+    counts = {file.name: code_lines(file.read_text()) for file in scripts()}
+    assert max(counts.values()) <= FILE_LINES, counts
+    lines = [line.strip() for line in (ROOT / "kernels.cpp").read_text().splitlines()]
+    assert sum(bool(line) and not line.startswith("//") for line in lines) <= CPP_LINES
+
+
+def imported(file: Path) -> set[str]:
+    """The modules that a file names in its imports, those within functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "optional":
+            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return names
 
 
 def test_every_file_imports_only_from_lower_floors():
     floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("profiler_scripts/*.py")]
-    files = [file for file in files if file.name != "setup.py"]
-    assert len(files) >= 9
-    for file in files:
+    for file in scripts():
+        if file.name == "setup.py":
+            continue
         own = floor_of[file.stem if file.parent == ROOT else file.parent.name]
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = (
-                    [node.module]
-                    if isinstance(node, ast.ImportFrom)
-                    else [a.name for a in node.names]
-                )
-                for name in names:
-                    floor = floor_of.get(name.split(".")[0])
-                    if floor is not None and file.parent == ROOT:
-                        assert floor < own, f"{file.name} imports {name}"
-                    elif floor is not None:
-                        assert floor <= own, f"{file} imports {name}"
+        for name in imported(file) & floor_of.keys():
+            within = file.parent != ROOT and floor_of[name] == own  # scripts share code
+            assert floor_of[name] < own or within, f"{file.name} imports {name}"
+
+
+def test_nothing_imports_the_command_line():
+    for file in scripts():
+        assert "generate" not in imported(file), file
 
 
 # ---- The commands of the README ----------------------------------------------------------------
@@ -158,6 +177,37 @@ def test_a_command_of_the_readme_works(command, clone):
     if "generate.py" in command and "quantize.py" not in command:
         # what follows random tokens may be one long word
         assert len(done.stdout) > 20 and "tokens/s" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def core_alone(clone, tmp_path_factory) -> Path:
+    """A copy without what can be left out."""
+    folder = tmp_path_factory.mktemp("core") / "copy"
+    shutil.copytree(clone, folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in LEFT_OUT:
+        (folder / f"{name}.py").unlink()
+    (folder / "kernels.cpp").unlink()
+    return folder
+
+
+def test_everything_else_can_be_left_out(core_alone):
+    flags = ["--prompt", "The capital of France is", "--max_new_tokens", "1", "--temperature", "0"]
+    done = run_in(core_alone, sys.executable, "generate.py", "--precision", "float32", *flags)
+    assert done.stdout == "The capital of France is Paris\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (["--prompt_lookup"], "speculate"),
+        (["--prefill_context", "It was"], "prefill_cache"),
+        (["--profile", "trace.json"], "ranges"),
+    ],
+)
+def test_a_flag_says_which_file_it_needs(core_alone, flags, name):
+    done = run_in(core_alone, sys.executable, "generate.py", *flags)
+    assert done.returncode == 2 and f"needs {name}.py" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (core_alone / "trace.json").exists()
 
 
 def test_the_greedy_text_of_the_default_model(clone):

@@ -216,7 +216,7 @@ def test_speculation_and_the_prefill_cache_work_with_both_models_shared(folder, 
     expected = alone(ROOT / "generate.py", *flags)
     assert expected.returncode == 0, expected.stderr
     file, cache = tmp_path / "figures.json", tmp_path / "cache"
-    flags += ["--prefill_cache", cache, "--json", file, "--speculate_k", 3, "--fixed_k"]
+    flags += ["--prefill_cache", cache, "--json", file, "--speculate_k", 3]
     flags += ["--num_samples", 2]
     more = ["--prompt_lookup"]
     if draft != "lookup":
