@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+import chat_template
 import tokenizer as module
 from cli import UserError
 from tokenizer import StreamDecoder, Tokenizer
@@ -372,7 +373,7 @@ def test_eos_ids_are_those_of_every_file(folders, tmp_path):
 
 @pytest.mark.parametrize("kind", ["byte_level", "whole_words", "llama2_json", "metaspace_json"])
 @pytest.mark.parametrize(
-    "template", [CHATML, TRIMMED, TOJSON, module.LLAMA2_CHAT, module.LLAMA3_CHAT]
+    "template", [CHATML, TRIMMED, TOJSON, chat_template.LLAMA2_CHAT, chat_template.LLAMA3_CHAT]
 )
 def test_chat_is_that_of_transformers(folders, tmp_path, kind, template):
     library = tokenizers.Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
