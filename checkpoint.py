@@ -50,9 +50,13 @@ def find_device(name: str | None) -> torch.device:
 
 def check_path(path: Path) -> None:
     """Raise a UserError unless `path` is a file."""
-    if path.is_dir():
+    try:
+        kinds = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long, a loop of links
+        raise UserError(f"cannot read {path} ({error.strerror}); pass a model.pth") from None
+    if kinds[0]:
         raise UserError(f"{path} is a folder; pass a file in it, such as {path / 'model.pth'}")
-    if not path.is_file():
+    if not kinds[1]:
         raise UserError(f"there is no checkpoint {path}; make one with scripts/prepare.sh <repo>")
 
 
@@ -61,7 +65,9 @@ def load_state(path: Path) -> dict[str, Tensor]:
     check_path(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
+    except PermissionError:
+        raise UserError(f"{path} may not be read by you; change its permissions") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
         state = None
     tensors = state.values() if isinstance(state, dict) else [None]
     whole = all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors)
@@ -74,6 +80,15 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 ADVICE = "is it of another model than config.json describes? Convert it again"
+
+
+def join_qkv(state: dict[str, Tensor], n_layer: int, dim: int) -> None:
+    """Make one matrix of the separate wq, wk and wv of Meta's own files."""
+    for i in range(n_layer):
+        prefix = f"layers.{i}.attention."
+        parts = [prefix + f"{name}.weight" for name in ("wq", "wk", "wv")]
+        if all(part in state and state[part].shape[1:] == (dim,) for part in parts):
+            state[prefix + "wqkv.weight"] = torch.cat([state.pop(part) for part in parts])
 
 
 def check_layers(path: Path, state: dict[str, Tensor], expected: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,14 +102,16 @@ def sample(logits: Tensor, samplings: list[Sampling], generators: list[torch.Gen
     return result
 
 
-def read_tokens(ids: Tensor, logits: Tensor, logprobs: int | None) -> list[Token]:
+def read_tokens(
+    ids: Tensor, logits: Tensor, logprobs: int | None, alive: list[bool] | None = None
+) -> list[Token]:
     """Tokens ids `[N]`, each drawn by its raw logits, `[N, V]`, with `logprobs` of the likeliest.
 
-    Raises UserError on logits that are NaN or infinite.
+    Raises UserError if logits, of the rows that are alive, are NaN or infinite.
     """
     finite = logits.amax(-1).isfinite()  # travels with the tokens: the device is waited for once
     found, finite = torch.stack((ids, finite.long())).tolist()
-    if not all(finite):
+    if not all(itertools.compress(finite, alive or [True] * len(finite))):
         raise UserError(NOT_FINITE)
     if logprobs is None:
         return [Token(i) for i in found]
@@ -128,8 +131,8 @@ Step = Callable[[Tensor, Tensor, int, "Tensor | None"], Output]  # as model.Tran
 class Engine:
     """A model with its KV cache, and what runs a step of it.
 
-    That is one kernel for the whole model where there is one (`fused`), else the modules. `compile`
-    "block" compiles one transformer block that serves every layer: a short cold start. "whole"
+    It uses one fused kernel for the whole model if available, else the modules. `compile` "block"
+    compiles one transformer block that serves every layer: a short cold start. "whole"
     compiles the whole decoding step, on CUDA into a CUDA graph. The caches have to stand, and the
     weights must not change any more; after another `setup_caches` make another Engine.
     """
@@ -165,17 +168,19 @@ class Engine:
     def decode(self, idx: Tensor, input_pos: Tensor, kv_len: int) -> Output:
         """Run the next token, or up to FEW_ROWS to verify, of each row: idx `[B, T]`.
 
-        Batches and drafts leave no trace in the bits where kernels run.
+        Batch-invariant on the CPU kernels: the same bits alone, in a batch or verified.
         """
         return self.decode_step(idx, input_pos, kv_len, None)
 
     def prefill(self, prompts: list[list[int]], start: int = 0) -> Tensor:
         """Run each prompt's tokens from `start` on; logits `[B, V]` after the last of each.
 
-        The cache must hold the first `start` tokens of every prompt. Rows are padded on the right;
-        padding stands at the cache's last slot, and so does all of an empty prompt. Of new prompts,
-        what the prefill cache has of the beginning that all share is loaded from there.
+        The cache must hold the first `start` tokens of every prompt, and each prompt but an empty
+        one go further. Rows are padded on the right; padding stands at the cache's last slot. With
+        start 0, the longest prefix that all prompts share is restored from the prefill cache.
         """
+        if any(prompt and len(prompt) <= start for prompt in prompts):
+            raise ValueError(f"a prompt has no token after the {start} that the cache holds")
         if self.cache and start == 0:
             start = self.cache.restore_prefix(prompts, self.model)
         self.cached_tokens = start
@@ -194,12 +199,14 @@ class Engine:
         return logits
 
     def rewind(self, length: int) -> int:
-        """How many of the first `length` tokens run so far the caches can go on from."""
-        return length  # keys and values stand at their positions: all of them
+        """How many of the first `length` cached tokens can be kept."""
+        return length  # keys and values stand at their positions
 
     def warm_up(self, rows: int, verify: bool = False) -> float:
         """Compile everything for batches of `rows` now; the seconds it took."""
         model, began = self.model, time.perf_counter()
+        if self.fused:
+            return 0.0
         passes = [(T, False) for T in ((1, 2) if verify else (1,))]
         passes += [(T, True) for T in (1, 2, FEW_ROWS + 1) if self.compile_prefill]
         for T, prefill in passes:
@@ -234,8 +241,8 @@ def generate(
 
     A row ends with the token of which `until(row, id)` is true, with `max_new_tokens` or with a
     full cache; the row of an empty prompt has ended before it begins. `sampling` and `seeds` are a
-    row's own, so its text never depends on its neighbours. `shape_logits(row, ids, logits [V])` may
-    change the logits that a token is drawn by, after the tokens `ids`; with `logprobs` N a token
+    row's own, so its text never depends on its neighbours. `shape_logits(row, ids, logits [V])`
+    returns the logits that a token is drawn by, after the tokens `ids`; with `logprobs` N a token
     carries its log probability and those of the N likeliest. The cache must hold the first `start`
     tokens of each prompt; afterwards it holds all tokens but the last.
     """
@@ -244,22 +251,21 @@ def generate(
     generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
     texts, alive = [[*prompt] for prompt in prompts], [len(prompt) > 0 for prompt in prompts]
     input_pos = torch.tensor([[len(text)] for text in texts], device=model.device)  # [B, 1]
+    if not any(alive):
+        return
     logits = engine.prefill(prompts, start)
     for left in reversed(range(max_new_tokens)):
-        shaped = logits
-        if shape_logits:
-            shaped = [shape_logits(row, texts[row], logits[row]) for row in rows if alive[row]]
-            shaped = logits.index_put(
-                (torch.tensor(alive, device=model.device),), torch.stack(shaped)
-            )
+        shaped = logits.clone() if shape_logits else logits
+        for row in itertools.compress(rows, alive) if shape_logits else ():
+            shaped[row] = shape_logits(row, texts[row], logits[row].clone())
         ids = sample(shaped, samplings, generators)  # [B]
-        tokens = read_tokens(ids, logits, logprobs)
+        tokens = read_tokens(ids, logits, logprobs, alive)
         yield [tokens[row] if alive[row] else None for row in rows]
         for row in rows:
             texts[row].append(tokens[row].id)
             if alive[row]:
-                room = len(texts[row]) <= model.max_seq_length
-                alive[row] = room and not until(row, tokens[row].id)
+                ended = until(row, tokens[row].id)
+                alive[row] = not ended and len(texts[row]) <= model.max_seq_length
         if not any(alive) or not left:
             return
         filled = max(len(texts[row]) for row in rows if alive[row])

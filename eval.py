@@ -27,7 +27,7 @@ from tqdm import tqdm
 import tp
 from checkpoint import default_checkpoint
 from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
-from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, generate, load
+from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, allocate_cache, generate, load
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -128,7 +128,7 @@ class Evaluator(TemplateLM):
         rows = min(requests, self.batch_size)
         if rows != self.rows or length > self.model.max_seq_length:
             self.rows, self.engine = rows, None  # it holds the old cache
-            self.model.setup_caches(rows, length)
+            allocate_cache(self.model, rows, length)
             if self.compile:
                 torch.compiler.reset()
             options = ("block" if self.compile else None, self.compile)
@@ -192,7 +192,7 @@ class Evaluator(TemplateLM):
                 [i - place for i in places] + [0] * (width - len(places))
                 for places, place in zip(scored, first, strict=True)
             ]
-            last = torch.tensor(last, device=device)  # [B, W]
+            last = torch.tensor(last, dtype=torch.int64, device=device)  # [B, W]
             here = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
             output = self.engine.prefill_step(idx, pos, self.model.kv_steps(filled), last)
             logits = output.logits[here].float()  # [B, W, V] -> [N, V]
@@ -319,7 +319,7 @@ def perplexity(evaluator: Evaluator, args: Namespace) -> dict:
     at least window - stride tokens before it (or all, if there are fewer), and the first after BOS.
     """
     try:
-        text = args.perplexity.read_text(encoding="utf-8")
+        text = args.perplexity.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --perplexity {args.perplexity} ({error})") from None
     ids = evaluator.tok_encode(text, add_special_tokens=False)

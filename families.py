@@ -162,7 +162,8 @@ def head_sizes(config: Keys) -> tuple[int, int, int]:
     else:
         head_dim, source = dim // heads, "hidden_size"
     if head_dim % 2 or head_dim > MAX_HEAD_DIM:
-        raise config.refusal(source, f"so a head has {head_dim} dimensions, an odd number")
+        what = "an odd number" if head_dim % 2 else f"over {MAX_HEAD_DIM}"
+        raise config.refusal(source, f"so a head has {head_dim} dimensions, {what}")
     return heads, kv_heads, head_dim
 
 
@@ -174,13 +175,13 @@ def from_config(config: dict) -> ModelArgs:
     heads, kv_heads, head_dim = head_sizes(keys)
     # Attention sees the whole context, which equals a sliding window up to its length.
     length = keys.count("max_position_embeddings")
-    window = keys.count("sliding_window", default=length)
+    window = keys.count("sliding_window", default=length) if family.windowed(keys) else length
     layers = keys.count("num_hidden_layers", MAX_LAYERS)
     return ModelArgs(
         dim=keys.count("hidden_size"),
         n_layer=layers,
         vocab_size=keys.count("vocab_size"),
-        block_size=min(length, window) if family.windowed(keys) else length,
+        block_size=min(length, window),
         intermediate_size=keys.count("intermediate_size"),
         kinds=(LayerKind(heads, kv_heads, head_dim, rope=rope_frequencies(keys, head_dim)),),
         layers=(0,) * layers,

@@ -375,6 +375,11 @@ def check_flags(args: Namespace) -> None:
         raise UserError("speculation is for one stream at a time; leave --batch_size out")
     if args.speculate_k and not args.speculating:
         raise UserError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup; add one")
+    args.speculate_k = args.speculate_k or 5
+    if args.chat and not (args.prompts_file or args.interactive) and is_random_prompt(args.prompt):
+        raise UserError(
+            f"--prompt {args.prompt} is random tokens, which no chat wraps; drop --chat"
+        )
     if args.profile and args.speculating:
         raise UserError("--profile shows plain decoding; leave speculation out")
     if args.interactive and args.num_samples > 1:
@@ -409,7 +414,7 @@ def start_engines(
         drafting = speculation.DraftModel(engines[1], size)
     else:
         drafting = speculation.PromptLookup(size, model.device)
-    return engines[0], speculation.Speculator(engines[0], drafting, args.speculate_k or 5)
+    return engines[0], speculation.Speculator(engines[0], drafting, args.speculate_k, on_rank0)
 
 
 def main(args: Namespace) -> None:
@@ -419,7 +424,7 @@ def main(args: Namespace) -> None:
         args.profile = args.json = None
     path = args.checkpoint_path or (tp.in_turn(default_checkpoint) if tp else default_checkpoint())
     cache = make_cache(args)
-    if kernels and device.type == "cpu":
+    if kernels and device.type == "cpu" and args.precision == "bfloat16":
         kernels.load()  # built once, before the clock starts
     began = time.perf_counter()
     model, tokenizer = load(path, device, args.precision, shard)
@@ -459,7 +464,8 @@ def main(args: Namespace) -> None:
         tp.shutdown(shard)
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
     settings |= {"precision": args.precision, "compile": args.compile}
-    settings |= {"draft": str(args.draft_checkpoint_path or args.prompt_lookup or "")}
+    lookup = "prompt lookup" if args.prompt_lookup else ""
+    settings |= {"draft": str(args.draft_checkpoint_path or lookup)}
     settings |= {name: getattr(args, name) for name in ("speculate_k", "seed")}
     settings |= dataclasses.asdict(sampling_flags(args)) | context_figures | communication
     report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
@@ -501,7 +507,8 @@ def prefill_context(cache: Any, context: list[int], engines: list[Engine]) -> di
         done += cache.prefill_context(room, engine.model, Engine(engine.model).prefill)
     for engine in engines:
         engine.cache = cache
-    if len(cache.entries) < len(engines) > 1:
+    marks = [cache.fingerprint(engine.model) for engine in engines]
+    if len(engines) > 1 and not all(any(e.startswith(m) for e in cache.entries) for m in marks):
         sizes = "the contexts of model and draft do not fit --prefill_cache_gb together"
         print(f"warning: {sizes}; raise it, or one is prefilled every time", file=sys.stderr)
     figures = {"context_tokens": len(context), "context_prefilled_tokens": done}

@@ -74,8 +74,8 @@ def take_cache(cache: Tensor) -> bool:
 def fuse(model: nn.Module) -> Callable | None:
     """One call that runs a whole model with packed weights on its caches; None where it cannot.
 
-    It takes what `Transformer.forward` does and returns logits and hidden states as a tuple. Where
-    a module listens it cannot: the collectives of tensor parallelism are hooks.
+    It takes what `Transformer.forward` does and returns logits and hidden states as a tuple. None,
+    too, if a module has forward hooks: tensor parallelism uses them.
     """
     linears = [module for module in model.modules() if hasattr(module, "tiles")]
     attentions = [layer.attention for layer in model.layers]

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 try:
     import kernels
-except ModuleNotFoundError:  # without that file PyTorch's own operations run
+except ModuleNotFoundError as error:  # without that file PyTorch's own operations run
+    if error.name not in ("kernels", "build_cpp"):
+        raise
     kernels = None
 
-FEW_ROWS = 32  # decoding and verifying run at most so many tokens of a row at once
+FEW_ROWS = 32  # rows of x: more tokens are never verified at once, and count as a prefill
+TORCH_GROUPS = (32, 64, 128, 256)  # group sizes that PyTorch's own int4 operations take
 aten = torch.ops.aten
 
 
@@ -37,7 +40,7 @@ class Linear(nn.Module):
         setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
 
     def pack_weights(self) -> None:
-        """Make of the stored tensors, which must not change any more, what kernels want."""
+        """Pack the weight for this device's kernels; it must not change afterwards."""
         if self.kernel_supports(self.weight.dtype, 4):
             self.tiles = kernels.pack(self.weight, 2)
 
@@ -45,7 +48,7 @@ class Linear(nn.Module):
         """Whether kernels.py multiplies x of this dtype here, `columns` columns at a time."""
         bf16_on_cpu = self.weight.device.type == "cpu" and dtype == torch.bfloat16
         fits = kernels is not None and bf16_on_cpu and self.in_features % columns == 0
-        return fits and self.tiles is None and kernels.load()
+        return fits and kernels.load()
 
     def dequantize(self) -> Tensor:
         """The weight as floats `[out, in]`."""
@@ -130,16 +133,14 @@ class Int4Linear(Linear):
 
     def pack_weights(self) -> None:
         device, dtype = self.weight.device.type, self.scales_and_zeros.dtype
-        if self.packed is not None or self.tiles is not None:
-            return
         if self.groupsize % 16 == 0 and self.kernel_supports(dtype, 8):
             self.tiles, self.grid = kernels.pack_int4(self.weight, self.scales_and_zeros)
-        elif device == "cpu" and self.out_features % 16 == 0:
+        elif device == "cpu" and self.out_features % 16 == 0 and self.groupsize in TORCH_GROUPS:
             codes = unpack_int4(self.weight).int()
             self.packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         elif device == "cuda" and self.out_features % 8 == 0 and dtype == torch.bfloat16:
             tiles = [tiles for tiles in (8, 4, 2) if self.in_features % (16 * tiles) == 0]
-            if tiles and self.groupsize >= 32:
+            if tiles and self.groupsize in TORCH_GROUPS:
                 self.packed = aten._convert_weight_to_int4pack(self.weight, tiles[0])
 
     def dequantize(self) -> Tensor:
@@ -177,6 +178,6 @@ def linear_for(linear: Linear, tensors: dict[str, Tensor]) -> Linear:
     scheme = next((scheme for name, scheme in SCHEMES.items() if name in tensors), None)
     if scheme is Int4Linear:
         groups = tensors["scales_and_zeros"].shape[0]
-        options["groups"] = groups if linear.in_features % groups == 0 else 1
+        options["groups"] = groups if groups and linear.in_features % groups == 0 else 1
     with linear.weight.device:
         return scheme(linear.in_features, linear.out_features, **options) if scheme else linear

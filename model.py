@@ -20,12 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import check_layers, check_state, load_state
+from checkpoint import check_layers, check_state, join_qkv, load_state
 from cli import UserError
 from linear import Linear, kernels, linear_for
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
+
+
+NOT_YET = {"norms", "qk_norm", "act", "mixture", "mixer", "sinks", "values_from_keys", "value_norm"}
+NOT_YET |= {"embed_scale", "residual_scale", "logit_scale", "logit_cap"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +91,11 @@ class ModelArgs:
 
     def __post_init__(self):
         """Refuse what the network below does not do yet, rather than ignore it."""
-        plain = dict(norms="pre", act="silu", mixture=None, embed_scale=1.0, residual_scale=1.0)
-        plain |= dict(logit_scale=1.0, logit_cap=0.0)
-        plain_kind = dict(mixer="attention", sinks=False, values_from_keys=False, value_norm=False)
-        found = [(self, plain), *((kind, plain_kind) for kind in self.kinds)]
-        odd = [name for of, names in found for name in names if getattr(of, name) != names[name]]
-        odd += ["qk_norm"] if self.qk_norm not in ("", "head") else []
-        if odd:
-            raise UserError(f"the network has no other {odd[0]} yet; use another model")
+        for part in (self, *self.kinds):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if field.name in NOT_YET and value not in (field.default, "head"):
+                    raise UserError(f"{field.name} {value!r} is not supported; use another model")
 
     def share(self, world: int) -> ModelArgs:
         """The shape of one rank's part of `world`: fewer heads and hidden units, of equal size."""
@@ -275,9 +276,9 @@ class Transformer(nn.Module):
         self.max_seq_length = max_seq_length
 
     def pack_weights(self) -> None:
-        """Make of the weights, which must not change any more, what this device's kernels want."""
+        """Pack the weights for this device's kernels, once; they must not change afterwards."""
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear) and module.tiles is None:
                 module.pack_weights()
 
     def forward(
@@ -349,11 +350,7 @@ class Transformer(nn.Module):
             state["output.weight"] = state.get("tok_embeddings.weight")
         if shard:
             model = shard.slice_state(model, state, path)
-        for i in range(args.n_layer):
-            prefix = f"layers.{i}.attention."
-            parts = [prefix + f"{name}.weight" for name in ("wq", "wk", "wv")]
-            if all(part in state and state[part].shape[1:] == (args.dim,) for part in parts):
-                state[prefix + "wqkv.weight"] = torch.cat([state.pop(part) for part in parts])
+        join_qkv(state, args.n_layer, args.dim)
         linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
         for name in linears:
             found = {
