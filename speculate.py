@@ -30,6 +30,7 @@ from engine import (
     read_tokens,
     sample,
 )
+from linear import Linear
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -48,6 +49,19 @@ def shaped(logits: Tensor, text: list[int], ids: Tensor, hook: Hook | None) -> T
     return torch.stack([hook(0, *pair) for pair in zip(known, logits.clone(), strict=True)])
 
 
+def step_cost(model: Transformer) -> int:
+    """What a decoding step costs, in bytes: decoding is memory-bound, so those that it reads.
+
+    PyTorch's own operations for quantized weights on CPUs are not: as if the weights were floats.
+    """
+    cost, size = model.bytes_per_step(0), model.norm.weight.element_size()
+    for module in model.modules() if model.device.type == "cpu" else ():
+        if isinstance(module, Linear) and module.tiles is None:
+            stored = sum(tensor.nbytes for tensor in module.parameters())
+            cost += max(0, module.in_features * module.out_features * size - stored)
+    return cost
+
+
 class DraftModel:
     """Proposes tokens with a model that is cheaper to run; `vocab_size` is the target's."""
 
@@ -55,8 +69,8 @@ class DraftModel:
         self.engine, self.vocab_size = engine, vocab_size
         self.known = 0  # so many tokens of the text, not more, are in the cache
 
-    def bytes_per_proposal(self) -> int:
-        return self.engine.model.bytes_per_step(0)
+    def proposal_cost(self) -> int:
+        return step_cost(self.engine.model)
 
     def begin(self, start: int) -> None:
         """A new text comes, whose first `start` tokens are those of the last one."""
@@ -132,7 +146,7 @@ class PromptLookup:
         self.vocab_size, self.device, self.engine = vocab_size, device, None
         self.begin(0)
 
-    def bytes_per_proposal(self) -> int:
+    def proposal_cost(self) -> int:
         return 0
 
     def begin(self, start: int) -> None:
@@ -201,7 +215,7 @@ class Speculator:
         """`agree` gives all ranks of tensor parallelism the value of one: they hold other bytes."""
         self.engine, self.draft, self.k = engine, draft, k
         self.engines = [engine] + ([draft.engine] if draft.engine else [])
-        share = agree(lambda: draft.bytes_per_proposal() / engine.model.bytes_per_step(0))
+        share = agree(lambda: draft.proposal_cost() / step_cost(engine.model))
         self.costs = [1 + n * (share + VERIFIED_ROW) for n in range(k + 1)]  # of n proposals
         self.begin(0)
 
@@ -218,7 +232,8 @@ class Speculator:
         speeds = [n / cost for n, cost in zip(tokens, self.costs, strict=True)]
         k = speeds.index(max(speeds))
         self.idle = 0 if k else self.idle + 1
-        return 1 if self.idle % 16 == 15 else k  # now and then, look whether it pays again
+        may_pay = self.costs[1] < 2  # if every proposal were accepted
+        return 1 if may_pay and self.idle % 16 == 15 else k  # look whether it pays again
 
     def record(self, accepted: int, proposed: int) -> None:
         """Update the decayed acceptance rate."""
