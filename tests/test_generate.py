@@ -208,6 +208,19 @@ def test_logits_that_are_not_finite_end_the_text(value):
 SEVEN = torch.tensor([77])
 
 
+def test_a_row_that_has_ended_cannot_end_the_others():
+    def until(row, token):
+        return row == 0
+
+    steps = run_rows(broken(), [[5, 9], [3, 4]], n=4, until=until, shape_logits=seven_in_row_0)
+    assert [len(row) for row in steps] == [1, 4] and steps[0] == [77]  # fed on, and NaN from then
+
+
+def seven_in_row_0(row, ids, logits):
+    logits[77 if row == 0 else 5] = 1e30  # in place: the raw logits stay as they are
+    return logits
+
+
 def test_a_damaged_checkpoint_prints_nothing_and_ends_with_code_2(run_cli, tmp_path):
     path = write_checkpoint(tmp_path)
     state = torch.load(path)
@@ -232,6 +245,31 @@ def test_a_rows_text_never_depends_on_its_neighbours():
     options = dict(n=20, sampling=[samplings[3], GREEDY, samplings[1]], seeds=[8, 0, 0])
     assert run_rows(engine(3), some, **options) == [alone[3], [], alone[1]]
     assert alone[0] != run_rows(engine(), [PROMPTS[0]], n=20, sampling=samplings[0], seed=6)[0]
+
+
+def test_a_hook_changes_a_copy_of_the_raw_logits():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = random_model(CONFIG, dtype)
+        model.setup_caches(1, 64)
+        options = options_of(logprobs=1, shape_logits=lambda *x: seven_in_row_0(*x).float())
+        ((token,),) = generate(Engine(model), [[5, 9]], GREEDY, 1, **options)
+        assert token.id == 77 and token.logprob < -0.1 and token.top[0][0] != 77
+
+
+def hear(heard, row, token):
+    heard.append(token)
+
+
+def test_nothing_comes_of_empty_prompts_and_until_hears_every_token():
+    assert run_rows(engine(2), [[], []]) == [[], []]
+    for n, length in ((3, 256), (40, 7)):  # the last token by the limit, or by the full cache
+        heard: list[int] = []
+        rows = run_rows(
+            engine(length=length), [[5, 9, 3]], n=n, until=functools.partial(hear, heard)
+        )
+        assert rows == [heard] and len(heard) == min(n, 5)
+    with pytest.raises(ValueError, match="no token after the 3"):
+        engine().prefill([[1, 2, 3]], 3)
 
 
 def test_each_row_ends_by_its_own_limit():
@@ -498,6 +536,8 @@ def test_no_chat_conversation_continues_the_text(run_cli, tmp_path):
         (["--interactive", "--batch_size", "2"], "--batch_size"),
         (["--precision", "int3"], "int3"),
         (["--no_such_flag"], "no_such_flag"),
+        (["--checkpoint_path", "x" * 300], "File name too long"),
+        (["--chat", "--prompt", "5"], "drop --chat"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run_cli, flags, named):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 import kernels
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
@@ -414,6 +415,7 @@ def test_what_is_no_single_kernel_runs_by_modules():
 CACHE = """
 import sys, torch
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from pathlib import Path
 from engine import Engine, load_model
 
@@ -458,3 +460,18 @@ def test_other_cpus_are_left_alone(monkeypatch):
     flags = " ".join(kernels.NEEDED)
     monkeypatch.setattr(kernels.Path, "read_text", lambda self: f"flags\t: fpu {flags}\n")
     assert kernels.supported()
+
+
+def test_compiled_blocks_write_the_caches_in_place():
+    """As a rank's do: nothing in the generated code copies a cache."""
+    torch.compiler.reset()
+    model = quantized_model(SHAPE, ["bf16"])
+    model.output.register_forward_hook(lambda _module, _x, y: y)
+    model.setup_caches(1, 64)
+    engine, idx = Engine(model, "block"), torch.tensor([[5]])
+    cache = model.layers[1].attention.kv_cache.k_cache
+    _, sources = run_and_get_code(lambda: engine.decode(idx, idx, 64))
+    code = "\n".join(sources)
+    assert code.count("torch.ops.tokenbus.rotate_write.default(") == 1  # one block serves all
+    assert "clone" not in code and "auto_functionalized" not in code
+    assert cache[0, :, 5].any() and not cache[0, :, 6:].any()

@@ -305,6 +305,11 @@ def test_costs_are_those_of_bytes():
         assert costs == pytest.approx([1 + k * (share + row) for k in range(4)], rel=0.01), name
 
 
+def test_ranks_agree_on_a_cost_that_each_would_put_differently():
+    speculator = Speculator(engine(), DRAFTS["itself"](), 2, agree=lambda make: make() / 2)
+    assert speculator.costs[1] == pytest.approx(1.5 + VERIFIED_ROW)
+
+
 def test_a_draft_that_can_never_pay_is_never_asked():
     speculator = Speculator(engine(), DRAFTS["int4"](), 4)
     assert {speculator.draft_length() for _ in range(100)} == {0}
