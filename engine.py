@@ -132,9 +132,9 @@ class Engine:
     """A model with its KV cache, and what runs a step of it.
 
     It uses one fused kernel for the whole model if available, else the modules. `compile` "block"
-    compiles one transformer block that serves every layer: a short cold start. "whole"
-    compiles the whole decoding step, on CUDA into a CUDA graph. The caches have to stand, and the
-    weights must not change any more; after another `setup_caches` make another Engine.
+    compiles one transformer block that serves every layer: a short cold start. "whole" compiles the
+    whole decoding step, on CUDA into a CUDA graph. Allocate the caches first; weights must not
+    change afterwards, and another `setup_caches` needs another Engine.
     """
 
     def __init__(
