@@ -201,13 +201,13 @@ def test_everything_else_can_be_left_out(core_alone):
     [
         (["--prompt_lookup"], "speculate"),
         (["--prefill_context", "It was"], "prefill_cache"),
-        (["--profile", "trace.json"], "ranges"),
+        (["--profile", "never.json"], "ranges"),
     ],
 )
 def test_a_flag_says_which_file_it_needs(core_alone, flags, name):
     done = run_in(core_alone, sys.executable, "generate.py", *flags)
     assert done.returncode == 2 and f"needs {name}.py" in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and not (core_alone / "trace.json").exists()
+    assert done.stderr.count("\n") == 1 and not (core_alone / "never.json").exists()
 
 
 def test_the_greedy_text_of_the_default_model(clone):
