@@ -134,10 +134,14 @@ NO_NUMBERS = (0, 0.0, -1.0, NAN, INF, -INF, True, "a", [1.0], 10**400, 1e-320)
 @pytest.mark.parametrize("key", COUNTS)
 @pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
 def test_what_is_no_count_is_refused_at_once(key, value):
-    began = time.perf_counter()
+    began, family = time.perf_counter(), {"model_type": "mistral"}  # the one with a window
     with pytest.raises(UserError, match=f"^config.json: {key} is .*, not a count .*; fetch"):
-        from_config(CONFIG | {key: value})
+        from_config(CONFIG | family | {key: value})
     assert time.perf_counter() - began < 0.2
+
+
+def test_a_window_that_the_family_does_not_use_is_not_read():
+    assert from_config(CONFIG | {"sliding_window": 0}) == from_config(CONFIG)
 
 
 @pytest.mark.parametrize("key", NUMBERS + ROPE_NUMBERS)
