@@ -148,6 +148,13 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).type_as(x)
 
 
+class Mask(NamedTuple):
+    """Where the queries of a pass stand, for all layers of one kind."""
+
+    hidden: Tensor  # [B, 1, T*G, kv_len]: -inf where they must not look, else 0
+    freqs_cis: Tensor  # [B, T, D/2, 2]
+
+
 class KVCache(nn.Module):
     """Keys and values of one layer; the last slot takes what padding writes and is never read."""
 
@@ -180,8 +187,8 @@ class Attention(nn.Module):
         self.register_buffer("freqs_cis", None, persistent=False)  # [S + 1, D/2, 2]
         self.kv_cache: KVCache | None = None
 
-    def mask(self, input_pos: Tensor, kv_len: int, dtype: torch.dtype) -> Tensor | None:
-        """-inf where queries at input_pos `[B, T]` must not look, else 0: `[B, 1, T*G, kv_len]`.
+    def mask(self, input_pos: Tensor, kv_len: int, dtype: torch.dtype) -> Mask | None:
+        """What all layers of this kind share in a pass with queries at input_pos `[B, T]`.
 
         None where the operators of kernels.py attend: they go by input_pos.
         """
@@ -193,27 +200,26 @@ class Attention(nn.Module):
         masked = places > visible_to  # [B, 1, T*G, L]
         if self.kind.window:
             masked = masked | (places <= visible_to - self.kind.window)
-        return torch.zeros_like(masked, dtype=dtype).masked_fill_(masked, -math.inf)
+        hidden = torch.zeros_like(masked, dtype=dtype).masked_fill_(masked, -math.inf)
+        return Mask(hidden, self.freqs_cis[input_pos])
 
-    def forward(self, x: Tensor, input_pos: Tensor, mask: Tensor | None, prefill: bool) -> Tensor:
+    def forward(self, x: Tensor, input_pos: Tensor, mask: Mask | None, prefill: bool) -> Tensor:
         qkv = self.wqkv(x, prefill).unflatten(-1, (-1, self.kind.head_dim))
         attend = self.attend if mask is not None else self.attend_by_kernels
         return self.wo(attend(qkv, input_pos, mask), prefill)  # [B, T, H*G*D] -> [B, T, dim]
 
-    def attend(self, qkv: Tensor, input_pos: Tensor, mask: Tensor) -> Tensor:
-        """Attention of qkv `[B, T, heads, D]` under a mask `[B, 1, T*G, L]`."""
+    def attend(self, qkv: Tensor, input_pos: Tensor, mask: Mask) -> Tensor:
+        """Attention of qkv `[B, T, heads, D]` by PyTorch's own operations."""
         q, k, v = qkv.split(self.heads, dim=2)
-        freqs_cis = self.freqs_cis[input_pos]
-        q = apply_rotary_emb(self.q_norm(q), freqs_cis)
-        k = apply_rotary_emb(self.k_norm(k), freqs_cis)
-        k, v = self.kv_cache.update(input_pos, k, v, mask.shape[-1])  # [B, H, L, D]
+        q = apply_rotary_emb(self.q_norm(q), mask.freqs_cis)
+        k = apply_rotary_emb(self.k_norm(k), mask.freqs_cis)
+        k, v = self.kv_cache.update(input_pos, k, v, mask.hidden.shape[-1])  # [B, H, L, D]
         q = q.unflatten(2, (k.shape[1], -1))  # [B, T, H, G, D]
         # The G query heads of a KV head become rows, so that the cache is never repeated.
         q = q.transpose(1, 2).flatten(2, 3)  # -> [B, H, T*G, D]
         scale = self.kind.scale or None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        y = y.unflatten(2, (input_pos.shape[1], -1)).transpose(1, 2)  # [B, T, H, G, D]
-        return y.flatten(2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.hidden, scale=scale)
+        return y.unflatten(2, (input_pos.shape[1], -1)).transpose(1, 2).flatten(2)  # [B, T, H*G*D]
 
     def attend_by_kernels(self, qkv: Tensor, input_pos: Tensor, _mask: None) -> Tensor:
         """The same by the operators of kernels.py, which need no mask."""
@@ -244,7 +250,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, input_pos: Tensor, mask: Tensor | None, prefill: bool) -> Tensor:
+    def forward(self, x: Tensor, input_pos: Tensor, mask: Mask | None, prefill: bool) -> Tensor:
         h = x + self.attention(self.attention_norm(x), input_pos, mask, prefill)
         return h + self.feed_forward(self.ffn_norm(h), prefill)
 
@@ -299,7 +305,7 @@ class Transformer(nn.Module):
         """
         prefill = last is not None
         x = self.tok_embeddings(idx)  # [B, T] -> [B, T, dim]
-        masks: dict[int, Tensor | None] = {}
+        masks: dict[int, Mask | None] = {}
         for layer, kind in zip(self.layers, self.args.layers, strict=True):
             if kind not in masks:
                 masks[kind] = layer.attention.mask(input_pos, kv_len, x.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engine import Engine, generate
 from linear import Int4Linear, Int8ActivationLinear, Int8Linear, Linear
-from model import Attention, RMSNorm, Transformer
+from model import Attention, Mask, RMSNorm, Transformer
 
 MARK = "tokenbus:"
 SCHEME_NAMES = {Int8Linear: "int8", Int8ActivationLinear: "int8-activation", Int4Linear: "int4"}
@@ -88,11 +88,11 @@ def attention_title(
     name: str,
     x: Tensor,
     input_pos: Tensor,
-    mask: Tensor | None,
+    mask: Mask | None,
     prefill: bool,
 ) -> str:
     """The range of one call of attention: its bytes are the cached positions it looks at."""
-    length = int(input_pos.max()) + 1 if mask is None else mask.shape[-1]
+    length = int(input_pos.max()) + 1 if mask is None else mask.hidden.shape[-1]
     read = attention.kv_cache.k_cache[:, :, :length]
     return title("Attention", name=name, size=2 * read.nbytes)
 
