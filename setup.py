@@ -15,6 +15,7 @@ setup(
     py_modules=[
         *("cli", "build_cpp", "kernels", "linear", "tokenizer", "chat_template", "model"),
         *("families", "engine", "speculate", "prefill_cache", "tp", "ranges", "gptq"),
+        *("prompts", "settings", "shaping", "reuse", "chat", "jsonl"),
         *("generate", "quantize", "eval"),
     ],
     packages=[""],

@@ -22,13 +22,24 @@ FLOORS = [
     {"model"},
     {"families"},
     {"engine"},
-    {"speculate", "prefill_cache", "tp", "ranges", "gptq"},
+    {
+        "speculate",
+        "prefill_cache",
+        "tp",
+        "ranges",
+        "gptq",
+        "prompts",
+        "settings",
+        "shaping",
+        "reuse",
+    },
+    {"chat", "jsonl"},
     {"generate", "quantize"},
     {"eval", "scripts", "profiler_scripts"},
 ]
 CORE = ("tokenizer", "linear", "model", "engine")  # from a prompt's text to its next token
 CORE_LINES, FILE_LINES, CPP_LINES = 750, 450, 850  # each file's, but the core's together
-LEFT_OUT = ("speculate", "prefill_cache", "tp", "ranges", "kernels", "build_cpp")
+LEFT_OUT = ("chat", "jsonl", "speculate", "prefill_cache", "tp", "ranges", "kernels", "build_cpp")
 
 
 def scripts() -> list[Path]:
@@ -202,6 +213,8 @@ def test_everything_else_can_be_left_out(core_alone):
         (["--prompt_lookup"], "speculate"),
         (["--prefill_context", "It was"], "prefill_cache"),
         (["--profile", "never.json"], "ranges"),
+        (["--interactive"], "chat"),
+        (["--jsonl"], "jsonl"),
     ],
 )
 def test_a_flag_says_which_file_it_needs(core_alone, flags, name):
