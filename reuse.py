@@ -65,4 +65,5 @@ def decodes_as_it_prefills(engine: Engine) -> bool:
     own operations promise nothing for another number of rows.
     """
     linears = [module for module in engine.model.modules() if isinstance(module, Linear)]
-    return bool(engine.fused) and {*map(type, linears)} <= {Linear, Int8ActivationLinear}
+    one_step = engine.fused and engine.fused is engine.prefill_step is engine.decode_step
+    return bool(one_step) and {*map(type, linears)} <= {Linear, Int8ActivationLinear}

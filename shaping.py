@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from engine import PREFILL_CHUNK, Engine, Sampling, Token, read_tokens
+from engine import PREFILL_CHUNK, Engine, Sampling, Token, send_tokens
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -168,7 +168,7 @@ def score_prompt(engine: Engine, prompt: list[int], logprobs: int) -> list[Token
         places = torch.arange(ids.shape[1] - 1, device=model.device)[None]
         kv_len = model.kv_steps(begin + ids.shape[1] - 1)
         logits = engine.prefill_step(ids[:, :-1], begin + places, kv_len, places).logits[0]
-        tokens += read_tokens(ids[0, 1:], logits, logprobs)
+        tokens += send_tokens(ids[0, 1:], logits, logprobs)()
     return tokens
 
 
