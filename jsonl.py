@@ -17,12 +17,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from cli import UserError
-from prompts import check_prompt, initial_messages, read_context, tokenize, user_message
+from prompts import PROMPTS, check_prompt, read_context, requested_prompt
 from reuse import CachedRows
 from settings import Settings, check_settings
 from shaping import Reply, describe, run_replies, score_prompt
-
-PROMPTS = ("prompt", "messages", "ids")
 
 
 def parse(line: str) -> dict:
@@ -31,11 +29,6 @@ def parse(line: str) -> dict:
         if isinstance(request := json.loads(line), dict):
             return request
     raise UserError(f"this line is not a JSON object: {line.strip()[:60]!r}; send one a line")
-
-
-def is_message(value: Any) -> bool:
-    fields = [value.get(key) for key in ("role", "content")] if isinstance(value, dict) else [None]
-    return all(isinstance(field, str) for field in fields)
 
 
 class Server:
@@ -61,43 +54,31 @@ class Server:
             values = {k: v for k, v in request.items() if k not in ("id", *PROMPTS)}
             args = self.settings.read(values, self.args)
             check_settings(args, model)
-            prompt = self.read_prompt(request)
+            prompt = requested_prompt(request, self.args, self.tokenizer)
             check_prompt(prompt, model)
         except UserError as error:
             return self.write(request.get("id"), {"error": str(error)})
         return request.get("id"), Reply(self.tokenizer, model, prompt, args)
 
-    def read_prompt(self, request: dict) -> list[int]:
-        before = initial_messages(self.args)
-        match [(key, request[key]) for key in PROMPTS if key in request]:
-            case [("prompt", str(text))]:
-                return tokenize(self.tokenizer, [*before, user_message(text)], self.args.chat)
-            case [("messages", [_, *_] as messages)] if all(map(is_message, messages)):
-                return tokenize(self.tokenizer, [*before, *messages], chat=True)
-            case [("ids", [*ids])] if all(type(i) is int and i >= 0 for i in ids):
-                return ids
-        kinds = "a text, messages (role and content, both texts) or ids (whole numbers)"
-        raise UserError(f"a request has one of prompt, messages and ids: {kinds}")
-
     def run(self, requests: list[tuple[Any, Reply]]) -> None:
         """Run requests together, a row each, and write their records as they come."""
-        began, empty = time.perf_counter(), Reply(self.tokenizer, self.engine.model, [], self.args)
-        batch = [empty] * self.args.batch_size
+        began, model = time.perf_counter(), self.engine.model
+        empty = Reply(self.tokenizer, model, [], self.args)
         try:
-            for name, reply in requests:
-                self.score(name, reply)
+            for pair in requests:
+                self.score(*pair)
             rows, start = self.cached.place([reply.prompt for _, reply in requests])
-            for row, (_, reply) in zip(rows, requests, strict=True):
-                batch[row] = reply
+            placed = dict(zip(rows, requests, strict=True))
+            batch = [placed.get(row, (None, empty))[1] for row in range(self.args.batch_size)]
             for texts in run_replies(self.session.decode, batch, start):
-                for row, (name, reply) in zip(rows, requests, strict=True):
+                for row, (name, reply) in placed.items():
                     if texts[row] is not None:
                         self.tell(name, reply, texts[row], began)
-            for row, (_, reply) in zip(rows, requests, strict=True):
+            for row, (_, reply) in placed.items():
                 self.cached.keep(row, reply.prompt, reply.ids)
         except UserError as error:
             self.cached.forget()
-            for name, _ in (pair for pair in requests if not pair[1].ended_by):
+            for name in (name for name, reply in requests if not reply.ended_by):
                 self.write(name, {"error": str(error)})
         self.totals["seconds"] += time.perf_counter() - began
 
@@ -118,9 +99,9 @@ class Server:
             self.write(name, record)
         if reply.ended_by:
             self.totals["new_tokens"] += len(reply.tokens)
-            last = {"text": reply.text, "reason": reply.ended_by}
+            prefilled = len(reply.prompt) - self.engine.cached_tokens
+            last = {"text": reply.text, "reason": reply.ended_by, "prefilled_tokens": prefilled}
             last |= {"prompt_tokens": len(reply.prompt), "new_tokens": len(reply.tokens)}
-            last |= {"prefilled_tokens": len(reply.prompt) - self.engine.cached_tokens}
             self.write(name, last | {"seconds": time.perf_counter() - began})
 
 
@@ -129,10 +110,12 @@ def read_lines(lines: SimpleQueue) -> None:
 
     Not from `sys.stdin`, whose lock a thread that waits would still hold when the program ends.
     """
-    with open(sys.stdin.fileno(), "rb", closefd=False) as source:
-        for line in source:
-            lines.put(line.decode(errors="replace"))
-    lines.put(None)
+    try:
+        with open(sys.stdin.fileno(), "rb", closefd=False) as source:
+            for line in source:
+                lines.put(line.decode(errors="replace"))
+    finally:
+        lines.put(None)
 
 
 def waiting(lines: SimpleQueue, count: int) -> list[str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from typing import Any
 
 from cli import UserError
 from model import Transformer
@@ -42,6 +43,28 @@ def read_context(args: Namespace, tokenizer: Tokenizer) -> list[int]:
         for text in ("a", "b")
     ]
     return os.path.commonprefix(chats)
+
+
+PROMPTS = ("prompt", "messages", "ids")  # keys of a request, of which it has one
+
+
+def requested_prompt(request: dict, args: Namespace, tokenizer: Tokenizer) -> list[int]:
+    """The prompt of a request to jsonl.py; raises a `UserError` if there is not exactly one."""
+
+    def is_message(value: Any) -> bool:
+        texts = [value.get(k) for k in ("role", "content")] if isinstance(value, dict) else [None]
+        return all(isinstance(text, str) for text in texts)
+
+    match [(key, request[key]) for key in PROMPTS if key in request]:
+        case [("prompt", str(text))]:
+            messages = [*initial_messages(args), user_message(text)]
+            return tokenize(tokenizer, messages, args.chat)
+        case [("messages", [_, *_] as messages)] if all(map(is_message, messages)):
+            return tokenize(tokenizer, [*initial_messages(args), *messages], chat=True)
+        case [("ids", [*ids])] if all(type(i) is int and i >= 0 for i in ids):
+            return ids
+    kinds = "a text, messages (role and content, both texts) or ids (whole numbers)"
+    raise UserError(f"a request has one of prompt, messages and ids: {kinds}")
 
 
 def check_prompt(prompt: list[int], model: Transformer, what: str = "prompt") -> None:

@@ -19,12 +19,16 @@ class CachedRows:
     """
 
     def __init__(self, engine: Engine, rows: int, least: int = 0):
-        self.engine, self.least, self.rows = engine, least, rows
+        self.engine, self.least = engine, least
         self.decoded_alike = decodes_as_it_prefills(engine)
-        self.forget()
+        self.tokens: dict[int, list[int]] = {row: [] for row in range(rows)}
 
     def forget(self) -> None:
-        self.tokens: dict[int, list[int]] = {row: [] for row in range(self.rows)}
+        """Empty all rows, after a failure: NaN would spoil what is masked, too."""
+        self.tokens = {row: [] for row in self.tokens}
+        for layer in self.engine.model.layers:
+            layer.attention.kv_cache.k_cache.zero_()
+            layer.attention.kv_cache.v_cache.zero_()
 
     def keep(self, row: int, prompt: list[int], new: list[int] = ()) -> None:
         """Row `row`, now the one used most recently, holds a prompt and what followed it.

@@ -335,9 +335,9 @@ def test_shaped_samples_with_a_draft_have_the_shaped_distribution():
     target = make_engine(TINY, 16)
     draft = DraftModel(make_engine(TINY | {"num_hidden_layers": 1}, 16), 6)
     words, prompt = Words([b"x"] * 5), [1, 2]
-    values = dict(temperature=1.3, top_k=0, repetition_penalty=1.4, presence_penalty=0.8)
+    values = dict(temperature=0.7, top_k=0, repetition_penalty=1.5, presence_penalty=2)
     args = settings(**values, logit_bias={"4": 1.5}, min_new_tokens=3, max_new_tokens=3)
-    sampling, probs = Sampling(1.3, 0), torch.zeros(6, 6, 6)
+    sampling, probs = Sampling(0.7, 0), torch.zeros(6, 6, 6)
     for text in itertools.product(range(6), repeat=3):
         ids = [*prompt, *text]
         logits = target.model(torch.tensor([ids]), torch.arange(5)[None], 16).logits[0, 1:4]
