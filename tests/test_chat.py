@@ -81,7 +81,7 @@ def test_a_path_or_a_line_after_a_space_is_no_command(talk):
 def test_the_use_of_the_context_is_shown_when_it_nears_its_end(talk):
     use = re.compile(r"context: (\d+) of 100 positions")
     assert not use.search(talk("hi", flags=("--max_seq_length", 100))[1])
-    _, err = talk("hi" * 29, flags=("--max_seq_length", 100))
+    _, err = talk("hi" * 32, flags=("--max_seq_length", 100))
     assert 80 < int(use.search(err)[1]) <= 100
 
 
