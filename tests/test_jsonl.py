@@ -313,3 +313,31 @@ def test_a_client_that_dies_ends_the_process_quietly(checkpoint):
     assert process.stderr.read() == b""
     process.stdin.close()
     process.stderr.close()
+
+
+# ---- docs/jsonl.md -------------------------------------------------------------------------------
+
+
+def examples(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs/jsonl.md").read_text(), re.DOTALL)
+
+
+def test_the_commands_of_the_documentation_work(checkpoint):
+    """On a tiny model, whose text means nothing."""
+    lines = [line for block in examples("bash") for line in block.splitlines()]
+    assert len(lines) == 2
+    flags = f"--checkpoint_path {checkpoint} --device cpu --max_new_tokens 4"
+    for line, count in zip(lines, (1, 3), strict=True):
+        line = line.replace("python generate.py", f"{sys.executable} generate.py {flags}")
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+        found = last([json.loads(record) for record in done.stdout.splitlines()])
+        assert [*found] == [*range(1, count + 1)], done.stderr
+        assert all("reason" in record for record in found.values())
+
+
+def test_the_python_example_of_the_documentation_works(checkpoint):
+    (example,) = examples("python")
+    more = f'"--checkpoint_path", {str(checkpoint)!r}, "--device", "cpu"'
+    example = example.replace('"--jsonl",', f'"--jsonl", {more},')
+    done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
