@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import random
+import re
 import subprocess
 import sys
 from queue import SimpleQueue
