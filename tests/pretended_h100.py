@@ -1,8 +1,8 @@
 """Prints, as JSON, what Inductor makes of one compiled block for an H100; no GPU is needed.
 
-A process of its own, as it makes torch believe in a card: the properties of one, and a driver that
-names the target. The block is traced on the meta device, compiled for `cuda`, and the code that
-Inductor writes is read instead of run.
+Run it in a process of its own, with the project on PYTHONPATH: it makes torch believe in a card, by
+its properties and by a driver that names the target. The block is traced on the meta device and
+compiled for `cuda`; the code that Inductor writes is read, not run.
 """
 
 import contextlib
@@ -10,9 +10,6 @@ import json
 import re
 import sys
 import types
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch
 import triton.runtime
@@ -95,7 +92,8 @@ def compile_block(scheme: str) -> None:
     """Have Inductor write the code of a block in decoding."""
     model = block_on_meta(scheme)
     layer = model.layers[0]
-    names, tensors = zip(*{**dict(layer.named_parameters()), **dict(layer.named_buffers())}.items())
+    state = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    names, tensors = list(state), list(state.values())
 
     class Block(torch.nn.Module):
         def __init__(self):

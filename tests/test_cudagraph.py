@@ -6,6 +6,7 @@ values to wait for.
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -277,7 +278,8 @@ def test_a_compiled_block_is_few_launches_and_clones_no_cache():
     pytest.importorskip("triton", reason="compiles for a card")
     names = ["bf16", "int8", "int4"]
     script = ROOT / "tests" / "pretended_h100.py"
-    done = subprocess.run([sys.executable, script, *names], capture_output=True, text=True)
+    options = dict(capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, script, *names], **options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for name in names:
