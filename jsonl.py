@@ -12,7 +12,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
@@ -126,12 +126,20 @@ def waiting(lines: SimpleQueue, count: int) -> list[str | None]:
     return group
 
 
+def groups(count: int) -> Iterator[list[str | None]]:
+    """What waits on standard input, again and again; nothing is read before the first is asked for,
+    so that of several ranks only the one that asks does read."""
+    lines = SimpleQueue()
+    threading.Thread(target=read_lines, args=(lines,), daemon=True).start()
+    while True:
+        yield waiting(lines, count)
+
+
 def serve(session: Any, agree: Callable[[Callable[[], list]], list]) -> dict:
     """Answer requests until their end; the totals. `agree` gives all ranks what the first read."""
-    server, lines, group = Server(session), SimpleQueue(), [""]
-    threading.Thread(target=read_lines, args=(lines,), daemon=True).start()
+    server, found, group = Server(session), groups(session.args.batch_size), [""]
     while group[-1] is not None:
-        group = agree(lambda: waiting(lines, session.args.batch_size))
+        group = agree(lambda: next(found))
         texts = [line for line in group if line and line.strip()]
         if requests := [request for request in map(server.read, texts) if request]:
             server.run(requests)
