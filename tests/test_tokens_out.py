@@ -19,15 +19,16 @@ from transformers import (
 
 import engine as engine_module
 from checkpoint import default_checkpoint
-from conftest import ROOT
+from conftest import CONFIG, ROOT, random_model
 from engine import Engine, Sampling, Token, candidates, generate, load_model
+from linear import Linear
 from scripts.convert_hf_checkpoint import convert
 from settings import Settings
 from shaping import Reply, describe, run_replies, score_prompt, shape, table, token_text
 from speculate import DraftModel, PromptLookup, speculate
 from test_generate import command, engine
 from test_model import MODELS, hf_model
-from test_speculation import REPEATING, TINY, Fixed, chi_square
+from test_speculation import REPEATING, TINY, Fixed, chi_square, quantized
 from test_speculation import engine as make_engine
 
 CPU = torch.device("cpu")
@@ -74,6 +75,26 @@ def test_log_probabilities_equal_transformers(name, tmp_path):
         assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
         assert [i for i, _ in token.top] == row.topk(3).indices.tolist()
         assert [p for _, p in token.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_log_probabilities_of_a_scheme_are_those_of_its_dequantized_weights(scheme):
+    model, reference = quantized(scheme), quantized(scheme)
+    for name, linear in list(reference.named_modules()):
+        if isinstance(linear, Linear):
+            plain = Linear(linear.in_features, linear.out_features)
+            plain.weight.data = linear.dequantize()
+            reference.set_submodule(name, plain)
+    found, expected = [], []
+    for each, tokens in ((model, found), (reference.requires_grad_(False), expected)):
+        each.setup_caches(1, 128)
+        tokens += score_prompt(Engine(each), REPEATING, 3)
+        options = dict(until=lambda *_: False, seeds=[0], logprobs=3)
+        steps = generate(Engine(each), [REPEATING], Sampling(0), 12, **options)
+        tokens += [token for (token,) in steps]
+    for one, other in zip(found, expected, strict=True):
+        assert one.id == other.id and one.logprob == pytest.approx(other.logprob, abs=1e-2)
+        assert [p for _, p in one.top] == pytest.approx([p for _, p in other.top], abs=1e-2)
 
 
 def test_a_long_prompt_is_scored_in_pieces(monkeypatch):
@@ -249,6 +270,28 @@ def test_a_conversation_goes_on_from_what_was_printed(run_cli, tmp_path, checkpo
     assert reply.text == second
 
 
+def test_a_stop_text_within_an_accepted_run_leaves_both_caches_right():
+    words, prompt = Words([f"<{i}>".encode() for i in range(300)]), [5, 9, 200, 31, 7]
+    speculator = Fixed(make_engine(), DraftModel(make_engine(), 300), 6)  # all is accepted
+
+    def text(decode, prompt: list[int], start=0, **values) -> Reply:
+        args = settings(temperature=0, max_new_tokens=20, **values)
+        reply = Reply(words, speculator.engine.model, prompt, args)
+        for _ in run_replies(decode, [reply], start):
+            pass
+        return reply
+
+    ids = text(functools.partial(generate, make_engine()), prompt).ids
+    stop = f"{ids[3]}><{ids[4]}"  # the first token comes of the prefill, the next seven of one step
+    cut = text(functools.partial(speculate, speculator), prompt, stop=[stop])
+    assert cut.text == "".join(f"<{i}>" for i in ids[:3]) + "<" and cut.ended_by == "stop"
+    assert cut.ids == ids[:5] and speculator.histogram[6] == 1
+    longer = [*prompt, *ids[:4], 7, 8]
+    expected = text(functools.partial(generate, make_engine()), longer)
+    found = text(functools.partial(speculate, speculator), longer, len(prompt) + 4)
+    assert found.ids == expected.ids and speculator.histogram[6] == 2
+
+
 # ---- Penalties, bias, least length ---------------------------------------------------------------
 
 
@@ -269,6 +312,26 @@ def test_scores_are_shaped_as_transformers_shapes_them():
             expected = LogitsProcessorList([processor])(torch.tensor([ids]), scores.clone())[0]
             found = shape(scores[0].clone(), ids, 1, settings(**values), {3, 4})
             torch.testing.assert_close(found, expected)
+
+
+def test_a_hook_may_be_finer_than_the_models_numbers():
+    """As with a draft: rounded to bf16, the two scores are equal and the first would win."""
+
+    def hook(row, ids, logits):
+        return (
+            torch.zeros(len(logits))
+            .index_fill(0, torch.tensor([10]), 1)
+            .index_fill(0, FINER, 1.001)
+        )
+
+    model = random_model(CONFIG, torch.bfloat16)
+    model.setup_caches(1, 64)
+    options = dict(until=lambda *_: False, seeds=[0], shape_logits=hook)
+    ((token,),) = generate(Engine(model), [[5, 9]], Sampling(0), 1, **options)
+    assert token.id == FINER.item()
+
+
+FINER = torch.tensor([200])
 
 
 def test_the_presence_penalty_counts_new_tokens_once_and_the_prompts_not():
