@@ -21,7 +21,7 @@ from torch import Tensor
 from checkpoint import check_path
 from cli import UserError
 from families import read_config
-from linear import FEW_ROWS, kernels
+from linear import FEW_ROWS, kernels_for
 from model import Output, Transformer, TransformerBlock
 from tokenizer import Tokenizer
 
@@ -144,6 +144,7 @@ class Engine:
         self.cache: Any = None  # a prefill_cache.PrefillCache of contexts that prompts begin with
         self.cached_tokens = 0  # of each prompt, those that the last prefill found in the caches
         model.pack_weights()
+        kernels = kernels_for(model.device.type)
         fused = kernels.fuse(model) if kernels else None
         self.fused: Step | None = fused and (lambda *inputs: Output(*fused(*inputs)))
         self.decode_step: Step = self.fused or model

@@ -13,9 +13,9 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10",
     py_modules=[
-        *("cli", "build_cpp", "kernels", "linear", "tokenizer", "chat_template", "model"),
-        *("families", "engine", "speculate", "prefill_cache", "tp", "ranges", "gptq"),
-        *("generate", "quantize", "eval"),
+        *("cli", "build_cpp", "operators", "kernels", "linear", "checkpoint", "tokenizer"),
+        *("chat_template", "model", "families", "engine", "speculate", "prefill_cache", "tp"),
+        *("ranges", "gptq", "generate", "quantize", "eval"),
     ],
     packages=[""],
     package_data={"": ["kernels.cpp", "presets.json"]},

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 # A file imports only from lower floors.
 FLOORS = [
-    {"cli", "build_cpp", "chat_template"},
+    {"cli", "build_cpp", "operators", "chat_template"},
     {"kernels", "checkpoint", "tokenizer"},
     {"linear"},
     {"model"},
@@ -27,8 +27,8 @@ FLOORS = [
     {"eval", "scripts", "profiler_scripts"},
 ]
 CORE = ("tokenizer", "linear", "model", "engine")  # from a prompt's text to its next token
-CORE_LINES, FILE_LINES, CPP_LINES = 750, 450, 850  # each file's, but the core's together
-LEFT_OUT = ("speculate", "prefill_cache", "tp", "ranges", "kernels", "build_cpp")
+CORE_LINES, FILE_LINES, CPP_LINES = 1000, 450, 850  # each file's, but the core's together
+LEFT_OUT = ("speculate", "prefill_cache", "tp", "ranges", "kernels", "build_cpp", "operators")
 
 
 def scripts() -> list[Path]:
