@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import check_layers, check_state, join_qkv, load_state
+from checkpoint import check_layers, check_state, join_qkv, load_state, upload
 from cli import UserError
 from linear import Linear, kernels_for, linear_for
 
@@ -365,6 +365,8 @@ class Transformer(nn.Module):
             }
             model.set_submodule(name, linear_for(model.get_submodule(name), found))
         check_state(path, state, model.state_dict())
+        if torch.device(device).type == "cuda":
+            upload(state, torch.device(device))
         model.load_state_dict(state, assign=True)
         if tied and not shard:
             model.output.weight = model.tok_embeddings.weight  # one tensor, also where it is copied
