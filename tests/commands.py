@@ -6,7 +6,7 @@ signals, and ends as the child ends. The server runs no tensor operation, so it 
 a fork would lose.
 
 What has to start a Python of its own stays with `sys.executable`: blocked imports, another copy of
-the scripts, variables that a library reads when it is loaded, and ranks of torchrun.
+the scripts, and variables that a library reads when it is loaded.
 """
 
 import atexit
@@ -29,6 +29,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 LOADED = ("generate", "quantize", "eval", "speculate", "prefill_cache", "tp", "ranges", "gptq")
+LOADED += ("torch.distributed.run", "torch._inductor.compile_fx")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -83,14 +84,16 @@ def attend(client: socket.socket) -> NoReturn:
         os.close(stream)
 
     def end_with_the_client():
-        with contextlib.suppress(OSError):
-            if not client.recv(1):
-                os.kill(child, signal.SIGKILL)
+        if not client.recv(1):
+            os.kill(child, signal.SIGKILL)
+
+    def tell(number: int):
+        with contextlib.suppress(BrokenPipeError):
+            client.sendall(b"%d\n" % number)
 
     threading.Thread(target=end_with_the_client, daemon=True).start()
-    with contextlib.suppress(BrokenPipeError):
-        client.sendall(b"%d\n" % child)
-        client.sendall(b"%d\n" % os.waitpid(child, 0)[1])
+    tell(child)
+    tell(os.waitpid(child, 0)[1])
     os._exit(0)
 
 
@@ -119,6 +122,9 @@ def run_child(streams: list, closed: list, argv: list, cwd: str, env: dict) -> N
         if argv[0] == "-c":
             sys.path[0], code = "", argv.pop(1)
             exec(code, {"__name__": "__main__"})
+        elif argv[0] == "-m":
+            sys.path[0], sys.argv = os.getcwd(), argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         else:
             sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
             runpy.run_path(argv[0], run_name="__main__")

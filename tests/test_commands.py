@@ -25,6 +25,7 @@ def both(script: str) -> list[subprocess.CompletedProcess]:
     "script",
     [
         "$PYTHON -c 'import sys; print(sys.argv, sys.stdin.read())' x -y",
+        "$PYTHON -m json.tool --compact",
         "cd /; A=b $PYTHON -c 'import os; print(os.getcwd(), os.environ[\"A\"])'",
         "$PYTHON -c 'import sys; sys.exit(7)'",
         "$PYTHON -c 'import sys; sys.exit(\"said\")'",
