@@ -183,7 +183,7 @@ class Engine:
         if compile_prefill and self.prefill_step is model:
             self.prefill_step = functools.partial(model, block=compiled(TransformerBlock.forward))
         # On a GPU the next step is launched before the host has read the last one's tokens.
-        self.launches_ahead = on_gpu
+        self.launches_ahead, self.uncaptured_step = on_gpu, self.decode_step
         if on_gpu and cudagraph:
             captured = cudagraph.Captured(self.decode_step, model)
             self.decode_step = lambda *inputs: Output(*captured(*inputs))

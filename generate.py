@@ -401,7 +401,7 @@ def start_engines(
 ) -> tuple[Engine, Any]:
     """What runs the model, and the Speculator if the flags ask for one, warmed up."""
     engines = [Engine(each, args.compile, args.compile_prefill) for each in (model, draft) if each]
-    if args.compile or args.compile_prefill:
+    if args.compile or args.compile_prefill or model.device.type == "cuda":
         for engine in engines:
             engine.warm_up(args.batch_size, verify=args.speculating)
     if not args.speculating:
