@@ -30,6 +30,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 LOADED = ("generate", "quantize", "eval", "speculate", "prefill_cache", "tp", "ranges", "gptq")
 LOADED += ("torch.distributed.run", "torch._inductor.compile_fx")
+FRESH = "huggingface_hub"  # reads HF_ENDPOINT and others when it is imported
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -117,6 +118,8 @@ def run_child(streams: list, closed: list, argv: list, cwd: str, env: dict) -> N
     for number in closed:
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    for name in [name for name in sys.modules if name.split(".")[0] == FRESH]:
+        del sys.modules[name]
     sys.argv = argv
     try:
         if argv[0] == "-c":

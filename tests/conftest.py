@@ -1,5 +1,6 @@
 """What the tests share: the import path, and a tiny checkpoint made from a seed."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -65,6 +66,14 @@ def write_checkpoint(folder: Path, config: dict = CONFIG, dtype=torch.float32) -
     write_tokenizer(folder)
     torch.save(random_model(config, dtype).state_dict(), folder / "model.pth")
     return folder / "model.pth"
+
+
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Spare the reading of lm-eval's thousands of task definitions."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    manager = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", manager)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
+from commands import python
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -172,7 +173,7 @@ def test_every_tensor_arrives_at_its_place(name, kind, tmp_path):
 def test_values_are_rounded_once(precision, tmp_path):
     model, dtype = random_hf(), getattr(torch, precision)
     folder = publish(model, tmp_path / "model")
-    command = [sys.executable, ROOT / "scripts" / "convert_hf_checkpoint.py"]
+    command = [*python(), ROOT / "scripts" / "convert_hf_checkpoint.py"]
     command += ["--checkpoint_dir", folder, "--precision", precision]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.splitlines()[-1] == str(folder / "model.pth")
@@ -416,7 +417,7 @@ def test_a_value_beyond_the_precision_is_named(tmp_path):
 
 @pytest.mark.parametrize("script", ["convert_hf_checkpoint.py", "convert_gguf.py"])
 def test_a_mistake_is_one_line_and_exit_code_2(script, tmp_path):
-    command = [sys.executable, ROOT / "scripts" / script, "--checkpoint_dir", "nowhere"]
+    command = [*python(), ROOT / "scripts" / script, "--checkpoint_dir", "nowhere"]
     command += ["--gguf", "none.gguf"] if "gguf" in script else []
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""

