@@ -1,6 +1,7 @@
 """What the tests share: the import path, and a tiny checkpoint made from a seed."""
 
 import functools
+import gc
 import json
 import sys
 from pathlib import Path
@@ -32,6 +33,11 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_finish():
+    """Let garbage collections pass over what imports have made: it is most of all objects."""
+    gc.freeze()
 
 
 def random_model(config: dict, dtype=torch.float32, scale=0.2) -> Transformer:

@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -243,8 +244,9 @@ def test_prepare_downloads_and_converts_from_any_folder(hub, tmp_path):
     here = tmp_path / "a folder"
     here.mkdir()
     command = ["bash", str(ROOT / "scripts" / "prepare.sh"), "org/tiny", "--revision", "main"]
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    env = environment(hub.url, tmp_path, PATH=path)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {shlex.join(python())} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    env = environment(hub.url, tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
     done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     checkpoint = here / done.stdout.splitlines()[-1]
