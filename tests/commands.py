@@ -86,7 +86,9 @@ def attend(client: socket.socket) -> NoReturn:
 
     def end_with_the_client():
         if not client.recv(1):
-            os.kill(child, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # it may not lead its group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(child, signal.SIGKILL)
 
     def tell(number: int):
         with contextlib.suppress(BrokenPipeError):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tokenize
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,10 +114,14 @@ def test_nothing_imports_the_command_line():
 # ---- The commands of the README ----------------------------------------------------------------
 
 
+def blocks() -> list[list[str]]:
+    """The lines of each of the README's bash blocks."""
+    found = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [[line for line in block.splitlines() if line] for block in found]
+
+
 def commands() -> list[str]:
-    """Every line of the README's bash blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line]
+    return [line for block in blocks() for line in block]
 
 
 # Commands that need a hub, a reader's file or a new environment, and where each is run.
@@ -182,7 +187,7 @@ def short_clone(clone, tmp_path_factory) -> Path:
 
 def run_in(folder: Path, *command: str, stdin: str = "") -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DEVICE")}
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
     options = dict(cwd=folder, input=stdin, capture_output=True, text=True, env=env)
     return subprocess.run(command, **options)
 
@@ -195,10 +200,23 @@ def test_the_first_command_of_the_readme_prints_what_stands_there(clone):
     assert f"```\n{done.stdout}[37 prompt tokens, 8 new" in (ROOT / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def outcomes(short_clone) -> dict[str, subprocess.CompletedProcess]:
+    """Every command with how it ended: those of a block one by one, of two blocks at a time."""
+
+    def run(block: list[str]) -> dict:
+        stdin = "What is a llama?\nWhy?\n/quit\n"
+        lines = [line for line in block if line in runnable()]
+        return {line: run_in(short_clone, "bash", "-c", line, stdin=stdin) for line in lines}
+
+    with ThreadPoolExecutor(2) as pool:
+        return {line: done for ends in pool.map(run, blocks()) for line, done in ends.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", runnable(), ids=lambda command: command[:60])
-def test_a_command_of_the_readme_works(command, short_clone):
-    done = run_in(short_clone, "bash", "-c", command, stdin="What is a llama?\nWhy?\n/quit\n")
+def test_a_command_of_the_readme_works(command, outcomes):
+    done = outcomes[command]
     assert done.returncode == 0, done.stderr
     if "generate.py" in command and "quantize.py" not in command:
         # what follows random tokens may be one long word
