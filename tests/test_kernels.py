@@ -19,10 +19,11 @@ from torch._inductor.utils import run_and_get_code
 
 import kernels
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
-from engine import Engine
+from engine import Engine, Sampling, generate
 from linear import Int4Linear, Linear, linear_for
 from model import Transformer
 from quantize import quantize
+from reuse import CachedRows
 
 SCHEMES = ["bf16", "int8", "int8-activation", "int4"]
 SHAPES = [(32, 1), (64, 50), (160, 33), (576, 96), (1536, 31)]
@@ -370,6 +371,24 @@ def test_a_prompt_of_few_tokens_and_one_of_many_share_their_arithmetic():
         for known in (1, 8, 35, 39):
             engine.prefill([prompt[:known]])
             assert torch.equal(engine.prefill([prompt], known), alone), (scheme, known)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_decoding_wrote_is_kept_for_the_next_request_where_its_bits_are_a_prefills(scheme):
+    def make() -> Engine:
+        model = quantized_model(CONFIG | {"hidden_size": 64, "head_dim": 16}, [scheme])
+        model.setup_caches(1, 64)
+        return Engine(model)
+
+    engine, prompt = make(), [*range(30, 50)]
+    cached, exact = CachedRows(engine, 1), scheme in ("bf16", "int8-activation")
+    options = dict(until=lambda *_: False, seeds=[0])
+    new = [token.id for (token,) in generate(engine, [prompt], Sampling(0), 8, **options)]
+    cached.keep(0, prompt, new)
+    longer = [*prompt, *new, 7]
+    assert cached.place([longer]) == ([0], len(prompt) + (7 if exact else 0))
+    start = cached.place([longer])[1]
+    assert engine.prefill([longer], start).equal(make().prefill([longer]))
 
 
 def test_padding_and_the_choice_of_logits():
