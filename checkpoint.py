@@ -1,5 +1,4 @@
-"""The files of a checkpoint: where the default one is, what is wrong with a state dict, and how one
-larger than memory is written."""
+"""The files of a checkpoint: the default one, what is wrong with one, and writing a large one."""
 
 from __future__ import annotations
 
@@ -135,18 +134,19 @@ class StateFile:
     """A file as torch.save writes it, whose tensors get their values one by one, in any order.
 
     torch.save lays it out without values, torch.load says where each tensor lies, as in
-    https://docs.pytorch.org/tutorials/unstable/gpu_direct_storage.html. `layout` gives shapes and
-    dtypes. UserError if the disk has no room for it.
+    https://docs.pytorch.org/tutorials/unstable/gpu_direct_storage.html. The zip's checksums stay 0;
+    torch.load does not read them. `layout` gives shapes and dtypes. UserError if the disk has no
+    room for it.
     """
 
     def __init__(self, path: Path, layout: dict[str, Tensor]):
         # What is never touched takes no memory.
-        empty = {name: torch.empty_like(t, device="cpu") for name, t in layout.items()}
+        empty = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in layout.items()}
         size, free = sum(t.nbytes for t in empty.values()), shutil.disk_usage(path.parent).free
         if size > free:
             raise UserError(
-                f"cannot write {path.parent}: {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} "
-                "are free; make room there"
+                f"cannot write {size / 1e9:.1f} GB to {path.parent}, where {free / 1e9:.1f} GB are "
+                "free; make room there"
             )
         try:
             with torch.serialization.skip_data(), open(path, "wb") as file:

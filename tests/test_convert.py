@@ -369,7 +369,11 @@ MISTAKES = {
     "no weights": ("safetensors", lambda f: (f / "model.safetensors").unlink(), "safetensors"),
     "no config": ("safetensors", lambda f: (f / "config.json").unlink(), "config.json"),
     "no folder": ("safetensors", shutil.rmtree, "download"),
-    "quantized": ("safetensors", lambda f: edit_config(f, quantization_config={}), "quantized"),
+    "quantized": (
+        "safetensors",
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantization_config.quant_method is 'gptq', and of quantized weights only fp8 is read",
+    ),
     # The weights are gone as well: a family must be refused before they are looked at.
     "unknown family": (
         "safetensors",
@@ -395,8 +399,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     folder = publish(random_hf(), tmp_path / "model")
     (folder / "model.pth").write_bytes(b"old")
 
-    def fill_disk(state, path):
-        path.write_bytes(b"half")
+    def fill_disk(state, file):
+        file.write(b"half")
         raise RuntimeError("PytorchStreamWriter failed writing file\nand more lines")
 
     monkeypatch.setattr(torch, "save", fill_disk)
