@@ -143,7 +143,7 @@ def read_tensors(path: Path, reader: GGUFReader, dtype: torch.dtype) -> Iterator
         where = {"offset": tensor.data_offset, "shape": tensor.data.shape}
         rows = np.memmap(path, tensor.data.dtype, "r", **where)  # [out, bytes of a row]
         result = torch.empty(tensor.shape.tolist()[::-1], dtype=dtype)  # [out, in]
-        step = max(1, (1 << 20) // result[0].numel())
+        step = max(1, 2**18 // result[0].numel())
         for start in range(0, len(rows), step):
             try:
                 floats = dequantize(rows[start : start + step], tensor.tensor_type)
