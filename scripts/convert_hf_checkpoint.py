@@ -212,10 +212,12 @@ def write_state(
                 raise UserError(
                     f"{file}: {name} is {tensor.dtype}, no plain floats; fetch the files again"
                 )
-            if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...] -> [H*D, ...]
-                tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2).flatten(0, 2)
+            if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...]
+                tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2)
             start, options = part.start, (schemes, target.groupsize)
             for rows in tensor.split(max(1, ROUNDED_AT_ONCE // tensor[0].numel())):
+                if part.halves:
+                    rows = rows.flatten(0, 2)  # -> [H*D, ...]
                 rows, where = rows.to(target.dtype), slice(start, start + len(rows))
                 check_finite(file, name, rows)
                 write_rows(state, part.name, where, rows, *options)
