@@ -165,13 +165,13 @@ class Target:
     def file_name(self) -> str:
         return file_name(self.mode, self.groupsize) if self.mode else "model.pth"
 
-    def layout(self, args: ModelArgs) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def layout(self, args: ModelArgs, tied: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict without its values, and the schemes of the Linears to be quantized."""
         with torch.device("meta"):
             model = Transformer(args).to(self.dtype)
         if not self.mode:
             state = model.state_dict()
-            if args.tied:
+            if tied:
                 del state["output.weight"]
             return state, {}
         layers = linears(model)
@@ -203,7 +203,8 @@ def write_state(
     Each tensor is dropped before the next is read, and rounded a few rows at a time: rows do not
     depend on each other in any scheme. So memory holds one published tensor and little more.
     """
-    layout, schemes = target.layout(args)
+    tied = all(part.name != "output.weight" for part in table.values())
+    layout, schemes = target.layout(args, tied)
     with StateFile(path, layout) as state:
         for file, name, tensor in tqdm(tensors, "converting", len(table), unit="tensor"):
             part = table[name]
@@ -212,16 +213,14 @@ def write_state(
                 raise UserError(
                     f"{file}: {name} is {tensor.dtype}, no plain floats; fetch the files again"
                 )
-            if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...]
-                tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2)
+            if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...] -> [H*D, ...]
+                tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2).flatten(0, 2)
             start, options = part.start, (schemes, target.groupsize)
             for rows in tensor.split(max(1, ROUNDED_AT_ONCE // tensor[0].numel())):
-                if part.halves:
-                    rows = rows.flatten(0, 2)  # -> [H*D, ...]
                 rows, where = rows.to(target.dtype), slice(start, start + len(rows))
                 check_finite(file, name, rows)
                 write_rows(state, part.name, where, rows, *options)
-                if schemes and args.tied and part.name == "tok_embeddings.weight":
+                if schemes and tied and part.name == "tok_embeddings.weight":
                     write_rows(state, "output.weight", where, rows, *options)
                 start = where.stop
 
