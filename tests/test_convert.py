@@ -216,6 +216,7 @@ print((memory("VmHWM") - before) / path.stat().st_size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "gguf"])
 def test_memory_holds_one_copy_of_the_model(kind, tmp_path):
