@@ -750,6 +750,11 @@ def test_a_terminal_has_whole_lines_and_the_keys_of_a_shell(tmp_path):
     time.sleep(0.5)
     terminal.type("a\tb\r")  # a tab is a tab; the error shows it as a space
     terminal.wait("(3:a b)")
+    terminal.type("\x1b[200~first\nsecond\nthird\x1b[201~")  # a paste of several lines
+    terminal.type("!\r")
+    terminal.wait("(19:first second third!)")
+    terminal.type("/nonsense\r")
+    terminal.wait("there is no command /nonsense")
     assert terminal.end() == 0
     assert "given up" not in terminal.errors.read_text()
     assert not list(terminal.home.iterdir())  # no history on the disk

@@ -29,13 +29,15 @@ FLOORS = [
     {"families"},
     {"engine"},
     {"speculate", "prefill_cache", "tp", "ranges", "gptq"},
+    {"prompts", "settings", "shaping", "reuse"},
+    {"chat", "jsonl"},
     {"generate", "quantize"},
     {"eval", "scripts", "profiler_scripts"},
 ]
 CORE = ("tokenizer", "linear", "model", "engine")  # from a prompt's text to its next token
 CORE_LINES, FILE_LINES, CPP_LINES = 1000, 450, 850  # each file's, but the core's together
 LEFT_OUT = ("speculate", "prefill_cache", "tp", "ranges", "operators", "kernels", "build_cpp")
-LEFT_OUT += ("cudagraph",)
+LEFT_OUT += ("cudagraph", "chat", "jsonl")
 
 
 def scripts() -> list[Path]:
@@ -253,7 +255,8 @@ for flags in json.loads(sys.argv[1]):
 
 def test_a_flag_says_which_file_it_needs(core_alone):
     flags = {"speculate": ["--prompt_lookup"], "prefill_cache": ["--prefill_context", "It was"]}
-    flags["ranges"] = ["--profile", "never.json"]
+    flags |= {"ranges": ["--profile", "never.json"], "chat": ["--interactive"]}
+    flags["jsonl"] = ["--jsonl"]
     done = run_in(core_alone, sys.executable, "-c", EACH, json.dumps([*flags.values()]))
     assert done.stdout == "2\n" * len(flags), done.stderr
     for name, line in zip(flags, done.stderr.splitlines(), strict=True):

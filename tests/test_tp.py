@@ -217,6 +217,20 @@ def test_generate_prints_once_what_one_process_prints(folder):
     assert 0 < record["communication_ms_per_token"] < 10000
 
 
+def test_requests_get_the_same_records(folder):
+    flags = (ROOT / "generate.py", "--checkpoint_path", folder / "base" / "model_int4.g32.pth")
+    flags += (*GREEDY, "--jsonl", "--max_new_tokens", 5)
+    lines = '{"id": 1, "prompt": "A text"}\nnonsense\n{"id": 2, "prompt": "A text, and"}\n{"id'
+    done, expected = (how(*flags, stdin=lines) for how in (launch, alone))
+    assert done.returncode == 0, done.stderr
+    pairs = zip(
+        *(map(json.loads, each.stdout.splitlines()) for each in (done, expected)), strict=True
+    )
+    for one, other in pairs:
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+    assert '"id": 2, "text"' in done.stdout
+
+
 def test_a_conversation_is_the_same(folder):
     flags = (ROOT / "generate.py", "--checkpoint_path", folder / "base" / "model_int4.g32.pth")
     flags += (*GREEDY, "--interactive", "--max_new_tokens", 8)
