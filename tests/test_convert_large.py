@@ -105,6 +105,7 @@ for source, mode in (("safetensors", "int4"), ("bin", "int8"), ("gguf", None)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_below_twice_the_largest_tensor(tmp_path):
     sizes = dict(hidden_size=384, head_dim=96, num_key_value_heads=4, num_hidden_layers=10)

@@ -273,6 +273,7 @@ def test_perplexity_is_that_of_a_plain_computation(stride, checkpoint, tmp_path,
     assert f"window {WINDOW}, stride {stride}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_perplexity_is_the_same_whatever_kernels_mkl_picks(checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--checkpoint_path", checkpoint, "--precision", "float32", "--device", "cpu"]
@@ -289,6 +290,7 @@ def test_perplexity_is_the_same_whatever_kernels_mkl_picks(checkpoint, tmp_path)
 # ---- Compilation -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_nothing_recompiles_whatever_the_lengths(batch_size, checkpoint):
     ours, plain = evaluator(checkpoint, batch_size, compile=True), evaluator(checkpoint, batch_size)
@@ -373,6 +375,7 @@ def run_blocked(package: str, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_without_lm_eval_tasks_say_how_to_get_it_and_perplexity_works(checkpoint, tmp_path):
     done = run_blocked("lm_eval", "--tasks", "hellaswag")
     assert done.returncode == 2 and not done.stdout
@@ -385,6 +388,7 @@ def test_without_lm_eval_tasks_say_how_to_get_it_and_perplexity_works(checkpoint
     assert done.returncode == 0 and done.stdout.startswith("perplexity "), done.stderr
 
 
+@pytest.mark.slow
 def test_transformers_is_not_needed(checkpoint):
     code = f"""
 import sys; sys.modules["transformers"] = None

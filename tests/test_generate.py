@@ -370,6 +370,7 @@ def test_the_seed_decides_the_text():
 WIDE = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 128}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, batch_size, shape",
     [
@@ -782,6 +783,7 @@ def test_a_python_without_readline_talks_all_the_same(tmp_path):
     assert terminal.end() == 0
 
 
+@pytest.mark.slow
 def test_only_torch_and_the_tokenizers_library_are_imported(checkpoint):
     """Everything else is blocked; a tokenizer.json needs `tokenizers` and nothing more."""
     blocked = ("sentencepiece", "gguf", "safetensors", "huggingface_hub", "transformers", "tqdm")

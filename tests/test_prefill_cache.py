@@ -130,6 +130,7 @@ def test_another_chunking_changes_rounding_and_no_more(kind, tmp_path):
         assert (a - b).abs().max() < BOUNDS[kind] * a.std()
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_for_the_cache():
     torch.compiler.reset()
     engine = Engine(make_model(batch_size=3), "block")

@@ -258,7 +258,13 @@ def test_the_time_of_linears_is_the_wall_time_they_take(folder, monkeypatch, tmp
     assert linear == pytest.approx(last_run, rel=0.15)
 
 
-@pytest.mark.parametrize("compile", [[], ["--compile"]], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compile",
+    [
+        pytest.param([], id="eager"),
+        pytest.param(["--compile"], id="compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_traces_of_generate_are_read(run, hybrid, tmp_path, compile):
     trace = tmp_path / "trace.json"
     flags = ["--checkpoint_path", hybrid, "--device", "cpu", "--max_new_tokens", "5", *compile]

@@ -150,6 +150,7 @@ def outcomes(folder) -> list[tuple]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_tokens_and_logits_of_one(outcomes):
     for case, one, first, second in outcomes:
         assert first["tokens"] == second["tokens"] == one["tokens"], case
@@ -157,6 +158,7 @@ def test_two_processes_give_the_tokens_and_logits_of_one(outcomes):
         assert torch.equal(first["logits"], second["logits"]), case
 
 
+@pytest.mark.slow
 def test_a_rank_holds_half_of_every_matrix(outcomes):
     for case, one, *ranks in outcomes:
         matrices = [name for name in one["sizes"] if name.endswith((".weight", "_zeros"))]
@@ -264,6 +266,7 @@ def test_speculation_and_the_prefill_cache_work_with_both_models_shared(folder, 
     assert sum(accepted) > 0 and (draft != "lookup" or sum(accepted[1:]) > 0)
 
 
+@pytest.mark.slow
 def test_eval_scores_the_same_and_writes_once(folder):
     """Both of what eval.py measures; a page of a task is scored like a text cut without overlap."""
     (folder / "data.jsonl").write_text(json.dumps({"page": (folder / "text.txt").read_text()}))
