@@ -5,12 +5,14 @@ import functools
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 from queue import SimpleQueue
 
 import pytest
 import torch
+from commands import python
 
 import cli
 import generate
@@ -279,7 +281,7 @@ def test_a_context_comes_from_the_prefill_cache(ask, run_cli):
 
 
 def start(checkpoint, *flags) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "generate.py", "--checkpoint_path", checkpoint, "--jsonl"]
+    command = [*python(), ROOT / "generate.py", "--checkpoint_path", checkpoint, "--jsonl"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen([*command, "--device", "cpu", *flags], **pipes)
 
@@ -329,7 +331,7 @@ def test_the_commands_of_the_documentation_work(checkpoint):
     assert len(lines) == 2
     flags = f"--checkpoint_path {checkpoint} --device cpu --max_new_tokens 4"
     for line, count in zip(lines, (1, 3), strict=True):
-        line = line.replace("python generate.py", f"{sys.executable} generate.py {flags}")
+        line = line.replace("python generate.py", f"{shlex.join(python())} generate.py {flags}")
         done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
         found = last([json.loads(record) for record in done.stdout.splitlines()])
         assert [*found] == [*range(1, count + 1)], done.stderr

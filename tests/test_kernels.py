@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch._inductor.utils import run_and_get_code
 
 import kernels
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
-from engine import Engine, Sampling, generate
+from engine import Engine, Sampling, generate, load_model
 from linear import Int4Linear, Linear, linear_for
 from model import Transformer
 from quantize import quantize
@@ -494,3 +495,27 @@ def test_compiled_blocks_write_the_caches_in_place():
     assert code.count("torch.ops.tokenbus.rotate_write.default(") == 1  # one block serves all
     assert "clone" not in code and "auto_functionalized" not in code
     assert cache[0, :, 5].any() and not cache[0, :, 6:].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_file_can_leave_memory_once_its_weights_are_packed(tmp_path):
+    """Of a mapped file the system drops what is clean, and nothing of it is ever written."""
+    shape = CONFIG | {"hidden_size": 384, "intermediate_size": 1024}
+    path = write_checkpoint(tmp_path, shape, torch.bfloat16)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())  # what is on the disk is clean
+    model = load_model(path, "cpu")
+    model.setup_caches(1, 64)
+    Engine(model).prefill([[1, 2, 3]])
+    assert model.output.tiles is not None
+    pages = dict.fromkeys(("Rss", "Private_Dirty", "Shared_Dirty"), 0)  # in kB
+    mapping = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if "-" in key:
+            mapping = line
+        elif str(path) in mapping and key[:-1] in pages:
+            pages[key[:-1]] += int(values[0])
+    stored = sum(module.weight.nbytes for module in model.modules() if isinstance(module, Linear))
+    assert pages["Rss"] * 1024 > 0.9 * stored
+    assert pages["Private_Dirty"] == pages["Shared_Dirty"] == 0
