@@ -34,7 +34,7 @@ from model import ModelArgs, Transformer
 
 ops = torch.ops._c10d_functional  # unlike dist.all_reduce, torch.compile sees through them
 
-BY_ROWS = ("wq", "wk", "wv", "wqkv", "w1", "w3", "output")
+BY_ROWS = ("wq", "wk", "wv", "wqkv", "w1", "w3", "output", "flat_norm.q", "flat_norm.k")
 BY_COLUMNS = ("wo", "w2")
 BEAT, SILENCE = 2, 20  # seconds between signs of life, and without one until a rank counts as dead
 FOREVER = datetime.timedelta(days=20)  # in which a user types a line

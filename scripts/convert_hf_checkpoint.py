@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import check_finite
 from cli import Parser, UserError, read_json, replacing, run
-from families import from_config
+from families import find_family, from_config
+from keys import Keys
 from model import LayerKind, ModelArgs
 
 PRECISIONS = ("bfloat16", "float16", "float32")
@@ -33,7 +36,8 @@ PRECISIONS = ("bfloat16", "float16", "float32")
 # ------------------------------------------------------------------------------------------------
 # Where every tensor goes
 
-# What Hugging Face calls each tensor; `layer` stands before the names that every layer has.
+# What Hugging Face calls each tensor; `layer` stands before the names that every layer has. Other
+# names, and those of norms that Llama lacks, are in families.py.
 HF_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -51,6 +55,8 @@ HF_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+# What a checkpoint may hold beside the text model: a vision tower, layers that draft.
+BESIDE = r"(model\.)?(vision_tower|vision_encoder|multi_modal_projector|mtp)\."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,46 +66,72 @@ class Part:
     name: str
     shape: tuple[int, ...]
     start: int = 0
-    halves: int = 0  # of so many rows each its heads consist, to be interleaved
+    halves: int = 0  # of so many rows each the rotated part of a head consists, to be interleaved
+    head_dim: int = 0
+    fixed: int = 0  # rows at the end that are no heads to be interleaved
+    offset: float = 0.0  # to be added, in float32
+
+    def arrange(self, tensor: Tensor) -> Tensor:
+        """The published tensor as the network wants it."""
+        if self.halves:
+            heads, fixed = tensor.split([len(tensor) - self.fixed, self.fixed])
+            heads = heads.unflatten(0, (-1, self.head_dim))  # [H, D, ...]
+            rotated, rest = heads[:, : 2 * self.halves], heads[:, 2 * self.halves :]
+            rotated = rotated.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+            tensor = torch.cat((torch.cat((rotated, rest), 1).flatten(0, 1), fixed))
+        return tensor.float() + self.offset if self.offset else tensor
 
 
 def layer_parts(args: ModelArgs, kind: LayerKind, interleave: bool) -> dict[str, Part]:
     """The weights of a layer of this kind, by the keys of `HF_NAMES`."""
     dim, ffn = args.dim, args.intermediate_size
     q, kv = kind.n_head * kind.head_dim, kind.n_local_heads * kind.head_dim
-    halves = kind.head_dim // 2 if interleave else 0
+    order = (sum(map(bool, kind.rope)) if interleave else 0, kind.head_dim)
     table = {
-        "wq": Part("attention.wqkv", (q, dim), 0, halves),
-        "wk": Part("attention.wqkv", (kv, dim), q, halves),
+        "wq": Part("attention.wqkv", (q, dim), 0, *order),
+        "wk": Part("attention.wqkv", (kv, dim), q, *order),
         "wv": Part("attention.wqkv", (kv, dim), q + kv),
+        "wqkv": Part("attention.wqkv", (q + 2 * kv, dim), 0, *order, fixed=kv),
         "wo": Part("attention.wo", (dim, q)),
         "w1": Part("feed_forward.w1", (ffn, dim)),
         "w2": Part("feed_forward.w2", (dim, ffn)),
         "w3": Part("feed_forward.w3", (ffn, dim)),
-        "attention_norm": Part("attention_norm", (dim,)),
-        "ffn_norm": Part("ffn_norm", (dim,)),
     }
-    if args.qk_norm:
+    norms = {"pre": ("norm",), "post": ("post_norm",), "both": ("norm", "post_norm")}[args.norms]
+    for name in (f"{layer}_{norm}" for layer in ("attention", "ffn") for norm in norms):
+        table[name] = Part(name, (dim,))
+    if args.qk_norm == "head":
         for name in ("q_norm", "k_norm"):
-            table[name] = Part(f"attention.{name}", (kind.head_dim,), 0, halves)
+            table[name] = Part(f"attention.{name}", (kind.head_dim,), 0, *order)
+    if args.qk_norm == "flat":
+        table["q_norm"] = Part("attention.flat_norm.q", (q,), 0, *order)
+        table["k_norm"] = Part("attention.flat_norm.k", (kv,), 0, *order)
     return table
 
 
-def parts(args: ModelArgs, names: dict[str, str], interleave: bool = True) -> dict[str, Part]:
+def parts(
+    args: ModelArgs, names: dict[str, str], interleave: bool = True, norm_offset: float = 0.0
+) -> dict[str, Part]:
     """Every tensor that a checkpoint with these `names` must hold, and where it goes.
 
-    `interleave` says that the heads of q and k lie in Hugging Face's order.
+    `interleave` says that the heads of q and k lie in Hugging Face's order, `norm_offset` what the
+    weights of norms are stored without.
     """
     table = {
         names["tok_embeddings"]: Part("tok_embeddings", (args.vocab_size, args.dim)),
-        names["norm"]: Part("norm", (args.dim,)),
+        names["norm"]: Part("norm", (args.dim,), offset=norm_offset),
     }
     if not args.tied:
         table[names["output"]] = Part("output", (args.vocab_size, args.dim))
+    absent = ("wq", "wk", "wv") if "wqkv" in names else ("wqkv",)
     for i, kind in enumerate(args.layers):
         for key, part in layer_parts(args, args.kinds[kind], interleave).items():
+            if key in absent:
+                continue
             source = names["layer"].format(i) + names[key]
-            table[source] = dataclasses.replace(part, name=f"layers.{i}.{part.name}")
+            offset = norm_offset if key.endswith("norm") else 0.0
+            name = f"layers.{i}.{part.name}"
+            table[source] = dataclasses.replace(part, name=name, offset=offset)
     result = {}
     for source, part in table.items():
         result[f"{source}.weight"] = dataclasses.replace(part, name=f"{part.name}.weight")
@@ -149,8 +181,7 @@ def assemble(
             raise UserError(
                 f"{file}: {name} is {tensor.dtype}, no plain floats; fetch the files again"
             )
-        if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...] -> [H*D, ...]
-            tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2).flatten(0, 2)
+        tensor = part.arrange(tensor)
         rows = state[part.name][part.start : part.start + part.shape[0]]
         rows.copy_(tensor)
         check_finite(file, name, rows)
@@ -201,17 +232,42 @@ def find_shards(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no *.safetensors and no pytorch_model*.bin; download it again")
 
 
+def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Callable]:
+    """Shapes and tensors by the names that the text model has in a checkpoint of its own.
+
+    Checkpoints with a vision tower put it into `language_model`. Phi and GLM publish gate and up as
+    one tensor, here its two halves.
+    """
+    found: dict[str, tuple] = {}
+    sources: dict[str, Callable[[], Tensor]] = {}
+    for source, shape in shapes.items():
+        name = re.sub(r"^model\.language_model\.", "model.", source)
+        name = name.removeprefix("language_model.")
+        found[name], sources[name] = tuple(shape), functools.partial(get_tensor, source)
+    for name in [name for name in found if ".gate_up_proj." in name]:
+        (rows, *columns), whole = found.pop(name), sources.pop(name)
+        for i, half in enumerate(("gate_proj", "up_proj")):
+            part = name.replace("gate_up_proj", half)
+            found[part] = (rows // 2, *columns)
+            sources[part] = lambda whole=whole, i=i: whole().chunk(2)[i]
+    return found, lambda name: sources[name]()
+
+
 @contextlib.contextmanager
 def open_shard(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Tensor]]]:
-    """Map a file; yield the shapes in it by name, and a function from a name to its tensor."""
+    """Map a file; yield the shapes in it by name, and a function from a name to its tensor.
+
+    The names are those of a checkpoint of the text model alone, and gate and up are two tensors.
+    """
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as shard:
                 shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}
-                yield {name: tuple(shape) for name, shape in shapes.items()}, shard.get_tensor
+                yield text_model(shapes, shard.get_tensor)
         else:
             shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            yield {str(name): tuple(t.shape) for name, t in shard.items()}, shard.__getitem__
+            shapes = {str(name): tensor.shape for name, tensor in shard.items()}
+            yield text_model(shapes, shard.__getitem__)
     except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{file} is not whole ({reason}); download it again") from None
@@ -233,25 +289,49 @@ def read_tensors(shards: list[Path], wanted: dict[str, Part]) -> Iterator[tuple[
             del tensor
 
 
+def equal_tensors(shards: list[Path], names: tuple[str, str]) -> bool:
+    """Whether the files hold the same values under both names."""
+    first, second = (tensor for _, _, tensor in read_tensors(shards, dict.fromkeys(names)))
+    return torch.equal(first, second)
+
+
+def notices(args: ModelArgs, config: Keys, beside: set[str]) -> Iterator[str]:
+    """What the user may miss in the converted model."""
+    length = config.count("max_position_embeddings")
+    if beside:
+        yield f"{len(beside)} tensors that are not of the text model are left out"
+    if args.block_size < length:
+        yield f"the context is {args.block_size} positions, not {length}: longrope ends there"
+
+
 def convert(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write `folder`/model.pth from the published files in `folder`; return its path."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; make one with scripts/download.py")
     config = read_json(folder / "config.json")
-    args = from_config(config)
+    args, (keys, family) = from_config(config), find_family(config)
     if "quantization_config" in config:
         raise UserError(f"the weights in {folder} are quantized; download the original model")
-    table = parts(args, HF_NAMES)
+    names = HF_NAMES | family.names
+    table = parts(args, names, not family.interleaved, family.norm_offset)
     shards = find_shards(folder)
     found = {}
     for file in shards:
         with open_shard(file) as (shapes, _):
             found |= shapes
     # Old checkpoints carry the rotary table, and some tied ones the embedding twice.
-    found = {name: found[name] for name in found if not name.endswith("rotary_emb.inv_freq")}
-    if args.tied:
-        found.pop("lm_head.weight", None)
+    beside = {name for name in found if re.match(BESIDE, name)}
+    unused = beside | {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    found = {name: shape for name, shape in found.items() if name not in unused}
+    if args.tied and "lm_head.weight" in found:
+        if equal_tensors(shards, (f"{names['tok_embeddings']}.weight", "lm_head.weight")):
+            del found["lm_head.weight"]
+        else:  # the file is right, whatever its configuration says
+            output = parts(dataclasses.replace(args, tied=False), names)["lm_head.weight"]
+            table["lm_head.weight"] = output
     check_tensors(folder, found, table)
+    for notice in notices(args, keys, beside):
+        print(f"[{notice}]", file=sys.stderr)
     state = assemble(table, read_tensors(shards, table), dtype)
     with replacing(folder / "model.pth") as temporary:
         save_state(state, temporary)

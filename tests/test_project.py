@@ -17,8 +17,8 @@ from conftest import ROOT
 # A file imports only from lower floors.
 FLOORS = [
     {"cli", "build_cpp", "chat_template"},
-    {"kernels", "checkpoint", "tokenizer"},
-    {"linear"},
+    {"kernels", "checkpoint", "tokenizer", "keys"},
+    {"linear", "kinds"},
     {"model"},
     {"families"},
     {"engine"},
