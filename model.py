@@ -125,20 +125,34 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
+    def mean_square(self, x32: Tensor) -> Tensor:
+        return x32.square().mean(-1, keepdim=True)
+
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        x32 = x32 * torch.rsqrt(self.mean_square(x32) + self.eps)
         return x32.type_as(x) * self.weight
 
 
+class AllHeadsNorm(RMSNorm):
+    """A norm over all heads together (OLMo), of which a rank has its part."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__(dim, eps)
+        self.mean = nn.Identity()  # where tp.py takes the mean of all ranks
+
+    def mean_square(self, x32: Tensor) -> Tensor:
+        return self.mean(super().mean_square(x32))
+
+
 class FlatNorm(nn.Module):
-    """Norms of q over all its heads together, and of k (OLMo)."""
+    """Norms of q and of k, each over all its heads, for one Linear that makes q, k and v."""
 
     def __init__(self, kind: LayerKind, eps: float):
         super().__init__()
         q, kv = kind.n_head * kind.head_dim, kind.n_local_heads * kind.head_dim
         self.sizes = (q, kv, kv)
-        self.q, self.k = RMSNorm(q, eps), RMSNorm(kv, eps)
+        self.q, self.k = AllHeadsNorm(q, eps), AllHeadsNorm(kv, eps)
 
     def forward(self, qkv: Tensor) -> Tensor:
         q, k, v = qkv.split(self.sizes, dim=-1)
@@ -336,7 +350,7 @@ class Transformer(nn.Module):
                 module.pack_weights()
 
     def embed(self, idx: Tensor) -> Tensor:
-        """Embeddings, scaled where the family says so: by a number of their dtype, as in training."""
+        """Embeddings, scaled where the family says so by a number of their dtype, as trained."""
         x, scale = self.tok_embeddings(idx), self.args.embed_scale
         return x if scale == 1 else x * torch.full((), scale, dtype=x.dtype, device=x.device)
 
