@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -77,6 +78,29 @@ def load_state(path: Path) -> dict[str, Tensor]:
         )
     state.pop("rope.freqs", None)  # Meta's own files carry this table, which is computed here
     return state
+
+
+def upload(state: dict[str, Tensor], device: torch.device, stage: int = 64 << 20) -> None:
+    """Copy the tensors of a state dict to the device, through two pinned buffers on CUDA.
+
+    While one buffer of `stage` bytes crosses the bus, the other is filled from the file.
+    """
+    cuda, done = device.type == "cuda", {}
+    buffers = [torch.empty(stage, dtype=torch.uint8, pin_memory=cuda) for _ in range(2)]
+    turns = itertools.cycle((buffer, torch.cuda.Event() if cuda else None) for buffer in buffers)
+    for name, tensor in state.items():
+        if id(tensor) not in done:
+            source = tensor.contiguous()
+            done[id(tensor)] = target = torch.empty_like(source, device=device)
+            parts = [flat.view(-1).view(torch.uint8).split(stage) for flat in (source, target)]
+            for part, place in zip(*parts, strict=True):
+                buffer, crossed = next(turns)
+                if cuda:
+                    crossed.synchronize()  # the last copy from this buffer
+                place.copy_(buffer[: len(part)].copy_(part), non_blocking=True)
+                if cuda:
+                    crossed.record()
+        state[name] = done[id(tensor)]
 
 
 ADVICE = "is it of another model than config.json describes? Convert it again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -32,6 +34,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def optional(name: str, *needed: str) -> Any:
+    """The module `name`; None where its file, or one of what it needs, is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, *needed):
+            raise
+        return None
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:

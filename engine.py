@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from checkpoint import check_path
-from cli import UserError
+from cli import UserError, optional
 from families import read_config
-from linear import FEW_ROWS, kernels
+from linear import FEW_ROWS, kernels_for
 from model import Output, Transformer, TransformerBlock
 from tokenizer import Tokenizer
 
+cudagraph = optional("cudagraph")
 NOT_FINITE = "the model gives logits that are NaN or infinite; is the checkpoint damaged, or "
 NOT_FINITE += "--precision too narrow for it? Convert it again or try --precision float32"
 PREFILL_CHUNK = 512  # bounds the activations, and the attention mask where there is one
@@ -90,36 +91,51 @@ def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 def sample(logits: Tensor, samplings: list[Sampling], generators: list[torch.Generator]) -> Tensor:
     """Draw one token a row, each by its own settings and generator: logits `[B, V]` -> `[B]`."""
-    result = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    for sampling in dict.fromkeys(samplings):
-        rows = [row for row, other in enumerate(samplings) if other == sampling]
-        probs, tokens = candidates(logits if len(rows) == len(logits) else logits[rows], sampling)
-        if probs.shape[1] > 1:
-            pairs = zip(probs.split(1), rows, strict=True)
-            places = torch.cat([draw(weights, generators[row]) for weights, row in pairs])
-            tokens = tokens.gather(1, places)
-        result[rows] = tokens[:, 0]
-    return result
+    if len(set(samplings)) > 1:
+        rows = zip(logits.split(1), samplings, generators, strict=True)
+        return torch.cat([sample(row, [own], [generator]) for row, own, generator in rows])
+    probs, tokens = candidates(logits, samplings[0])
+    if probs.shape[1] > 1:
+        pairs = zip(probs.split(1), generators, strict=True)
+        tokens = tokens.gather(1, torch.cat([draw(*pair) for pair in pairs]))
+    return tokens[:, 0]
 
 
-def read_tokens(
-    ids: Tensor, logits: Tensor, logprobs: int | None, alive: list[bool] | None = None
-) -> list[Token]:
-    """Tokens ids `[N]`, each drawn by its raw logits, `[N, V]`, with `logprobs` of the likeliest.
+def send(tensors: list[Tensor]) -> Callable[[], list[list]]:
+    """Start copying tensors to the host; the function returned waits for these copies alone."""
+    if tensors[0].device.type != "cuda":
+        return lambda: [tensor.tolist() for tensor in tensors]
+    options = {"device": "cpu", "pin_memory": True}
+    copies = [torch.empty_like(t, **options).copy_(t, non_blocking=True) for t in tensors]
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return lambda: [arrived.synchronize(), *(copy.tolist() for copy in copies)][1:]
 
-    Raises UserError if logits, of the rows that are alive, are NaN or infinite.
+
+def send_tokens(ids: Tensor, logits: Tensor, logprobs: int | None) -> Callable[..., list[Token]]:
+    """Send tokens ids `[N]`, drawn by raw logits `[N, V]`, with `logprobs` of the likeliest each.
+
+    The function returned waits for them. It takes which rows are alive (default: all) and raises
+    UserError if their logits are NaN or infinite.
     """
-    finite = logits.amax(-1).isfinite()  # travels with the tokens: the device is waited for once
-    found, finite = torch.stack((ids, finite.long())).tolist()
-    if not all(itertools.compress(finite, alive or [True] * len(finite))):
-        raise UserError(NOT_FINITE)
-    if logprobs is None:
-        return [Token(i) for i in found]
-    log_probs = logits.float().log_softmax(-1)
-    own = log_probs.gather(1, ids.clamp(min=0).unsqueeze(1))[:, 0].tolist()
-    tops = zip(*(x.tolist() for x in log_probs.topk(logprobs)), strict=True)  # values, ids
-    tops = [tuple(zip(of, values, strict=True)) for values, of in tops]
-    return [Token(*token) for token in zip(found, own, tops, strict=True)]
+    sent = [ids, logits.amax(-1).isfinite()]
+    if logprobs is not None:
+        log_probs = logits.float().log_softmax(-1)
+        own = log_probs.gather(1, ids.clamp(min=0).unsqueeze(1))[:, 0]
+        sent += [own, *log_probs.topk(logprobs)]  # values, ids
+    arrive = send(sent)
+
+    def read(alive: list[bool] | None = None) -> list[Token]:
+        found, finite, *rest = arrive()
+        if not all(itertools.compress(finite, alive or [True] * len(finite))):
+            raise UserError(NOT_FINITE)
+        if not rest:
+            return [Token(i) for i in found]
+        own, values, tops = rest
+        tops = [tuple(zip(*pair, strict=True)) for pair in zip(tops, values, strict=True)]
+        return [Token(*token) for token in zip(found, own, tops, strict=True)]
+
+    return read
 
 
 # ------------------------------------------------------------------------------------------------
@@ -128,13 +144,23 @@ def read_tokens(
 Step = Callable[[Tensor, Tensor, int, "Tensor | None"], Output]  # as model.Transformer.forward
 
 
+def compiled(function: Callable) -> Callable:
+    """Compile for dynamic lengths: one graph serves every prompt and every filled length."""
+    # Sizes that happen to be equal when a graph is made are not taken for one and the same.
+    torch.fx.experimental._config.use_duck_shape = False
+    torch._dynamo.config.recompile_limit = 64  # a graph for each mix of schemes in a block
+    torch._dynamo.config.specialize_float = True  # `eps` is a constant, not a dynamic number
+    options = {"size_asserts": False}  # what they check costs as much as small kernels
+    return torch.compile(function, fullgraph=True, dynamic=True, options=options)
+
+
 class Engine:
     """A model with its KV cache, and what runs a step of it.
 
-    It uses one fused kernel for the whole model if available, else the modules. `compile` "block"
-    compiles one transformer block that serves every layer: a short cold start. "whole" compiles the
-    whole decoding step, on CUDA into a CUDA graph. Allocate the caches first; weights must not
-    change afterwards, and another `setup_caches` needs another Engine.
+    One fused kernel, or fused step, for the whole model if there is one, else the modules. On CUDA
+    a decoding step is captured as a CUDA graph. `compile` compiles one transformer block that
+    serves every layer: a short cold start. Allocate the caches first; weights must not change
+    afterwards, and another `setup_caches` needs another Engine.
     """
 
     def __init__(
@@ -144,31 +170,29 @@ class Engine:
         self.cache: Any = None  # a prefill_cache.PrefillCache of contexts that prompts begin with
         self.cached_tokens = 0  # of each prompt, those that the last prefill found in the caches
         model.pack_weights()
+        kernels = kernels_for(model.device.type)
         fused = kernels.fuse(model) if kernels else None
         self.fused: Step | None = fused and (lambda *inputs: Output(*fused(*inputs)))
         self.decode_step: Step = self.fused or model
-        self.prefill_step: Step = self.fused or model
-        if self.fused:  # nothing is left to compile
-            return
-        # Dynamic lengths: one graph serves every prompt and every filled length of the cache, if
-        # sizes that happen to be equal when it is made are not taken for one and the same.
-        torch.fx.experimental._config.use_duck_shape = False
-        torch._dynamo.config.recompile_limit = 64  # a graph for each mix of schemes in a block
-        torch._dynamo.config.specialize_float = True  # `eps` is a constant, not a dynamic number
-        options = {"size_asserts": False}  # what they check costs as much as small kernels
-        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=True, options=options)
-        if compile == "block":
+        on_gpu = model.device.type == "cuda"
+        self.prefill_step: Step = model if on_gpu else self.decode_step
+        if compile == "block" and not self.fused:
             self.decode_step = functools.partial(model, block=compiled(TransformerBlock.forward))
-        elif compile == "whole":
-            options["triton.cudagraphs"] = model.device.type == "cuda"
+        elif compile == "whole" and not self.fused:
             self.decode_step = compiled(model)
-        if compile_prefill:
+        if compile_prefill and self.prefill_step is model:
             self.prefill_step = functools.partial(model, block=compiled(TransformerBlock.forward))
+        # On a GPU the next step is launched before the host has read the last one's tokens.
+        self.launches_ahead, self.uncaptured_step = on_gpu, self.decode_step
+        if on_gpu and cudagraph:
+            captured = cudagraph.Captured(self.decode_step, model)
+            self.decode_step = lambda *inputs: Output(*captured(*inputs))
 
     def decode(self, idx: Tensor, input_pos: Tensor, kv_len: int) -> Output:
         """Run the next token, or up to FEW_ROWS to verify, of each row: idx `[B, T]`.
 
-        Batch-invariant on the CPU kernels: the same bits alone, in a batch or verified.
+        Batch-invariant on the CPU kernels: the same bits alone, in a batch or verified. On CUDA
+        the next call overwrites the output.
         """
         return self.decode_step(idx, input_pos, kv_len, None)
 
@@ -203,9 +227,9 @@ class Engine:
         return length  # keys and values stand at their positions
 
     def warm_up(self, rows: int, verify: bool = False) -> float:
-        """Compile everything for batches of `rows` now; the seconds it took."""
+        """Compile and capture everything for batches of `rows` now; the seconds it took."""
         model, began = self.model, time.perf_counter()
-        if self.fused:
+        if self.decode_step is self.fused:
             return 0.0
         passes = [(T, False) for T in ((1, 2) if verify else (1,))]
         passes += [(T, True) for T in (1, 2, FEW_ROWS + 1) if self.compile_prefill]
@@ -213,7 +237,7 @@ class Engine:
             idx = torch.zeros(rows, T, dtype=torch.int64, device=model.device)
             input_pos = torch.full_like(idx, model.max_seq_length)  # the padding slot
             step, last = (self.prefill_step, idx[:, :1]) if prefill else (self.decode_step, None)
-            for _ in range(3):  # a CUDA graph is compiled, recorded and replayed
+            for _ in range(2):  # compiled code may differ in its first call
                 step(idx, input_pos, model.kv_steps(1), last)
         synchronize(model.device)
         return time.perf_counter() - began
@@ -253,24 +277,33 @@ def generate(
     input_pos = torch.tensor([[len(text)] for text in texts], device=model.device)  # [B, 1]
     if not any(alive):
         return
-    logits = engine.prefill(prompts, start)
+    logits, ahead = engine.prefill(prompts, start), engine.launches_ahead and not shape_logits
+
+    def decode(ids: Tensor) -> Tensor:
+        """Logits `[B, V]` after tokens ids `[B]`, the last of each row."""
+        filled = max(len(texts[row]) for row in rows if alive[row]) + ahead
+        output = engine.decode(ids.unsqueeze(1), input_pos, model.kv_steps(filled))
+        input_pos.add_(1).clamp_(max=model.max_seq_length)
+        return output.logits[:, 0]
+
     for left in reversed(range(max_new_tokens)):
         shaped = logits.clone() if shape_logits else logits
         for row in itertools.compress(rows, alive) if shape_logits else ():
             shaped[row] = shape_logits(row, texts[row], logits[row].clone())
         ids = sample(shaped, samplings, generators)  # [B]
-        tokens = read_tokens(ids, logits, logprobs, alive)
+        read = send_tokens(ids, logits, logprobs)
+        roomy = [alive[row] and len(texts[row]) < model.max_seq_length for row in rows]
+        if ahead and left and any(roomy):  # of no use only if `until` ends all rows now
+            logits = decode(ids)
+        tokens = read(alive)
         yield [tokens[row] if alive[row] else None for row in rows]
         for row in rows:
             texts[row].append(tokens[row].id)
-            if alive[row]:
-                ended = until(row, tokens[row].id)
-                alive[row] = not ended and len(texts[row]) <= model.max_seq_length
+            alive[row] = alive[row] and not until(row, tokens[row].id) and roomy[row]
         if not any(alive) or not left:
             return
-        filled = max(len(texts[row]) for row in rows if alive[row])
-        logits = engine.decode(ids.unsqueeze(1), input_pos, model.kv_steps(filled)).logits[:, 0]
-        input_pos = (input_pos + 1).clamp(max=model.max_seq_length)
+        if not ahead:
+            logits = decode(ids)
 
 
 # ------------------------------------------------------------------------------------------------

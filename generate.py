@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import resource
@@ -25,22 +24,21 @@ from typing import Any
 import torch
 
 from checkpoint import default_checkpoint, find_device
-from cli import Parser, UserError, add_model_flags, json_object, number, output_file, replacing, run
+from cli import (
+    Parser,
+    UserError,
+    add_model_flags,
+    json_object,
+    number,
+    optional,
+    output_file,
+    replacing,
+    run,
+)
 from engine import FEW_ROWS, Engine, Sampling, allocate_cache, generate, load, synchronize
-from linear import kernels
+from linear import kernels_for
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
-
-
-def optional(name: str) -> Any:
-    """The module `name`; None where its file has been left out."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return None
-
 
 tp, speculation, prefill_cache = map(optional, ("tp", "speculate", "prefill_cache"))
 
@@ -408,7 +406,7 @@ def start_engines(
 ) -> tuple[Engine, Any]:
     """What runs the model, and the Speculator if the flags ask for one, warmed up."""
     engines = [Engine(each, args.compile, args.compile_prefill) for each in (model, draft) if each]
-    if args.compile or args.compile_prefill:
+    if args.compile or args.compile_prefill or model.device.type == "cuda":
         for engine in engines:
             engine.warm_up(args.batch_size, verify=args.speculating)
     if not args.speculating:
@@ -428,6 +426,7 @@ def main(args: Namespace) -> None:
         args.profile = args.json = None
     path = args.checkpoint_path or (tp.in_turn(default_checkpoint) if tp else default_checkpoint())
     cache = make_cache(args)
+    kernels = kernels_for("cpu")
     if kernels and device.type == "cpu" and args.precision == "bfloat16":
         kernels.load()  # built once, before the clock starts
     began = time.perf_counter()

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import operators  # noqa: F401  the schemas of what kernels.cpp implements
 from build_cpp import load_extension
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -41,30 +42,11 @@ def supported() -> bool:
 
 @functools.cache
 def load() -> bool:
-    """Make `torch.ops.tokenbus` ready, the first time by building it; whether that worked.
+    """Make the operators ready for CPUs, the first time by building them; whether that worked.
 
     Once built it takes milliseconds, so call it early where a build should not be on the clock.
     """
-    if not supported() or not load_extension(SOURCE, FLAGS):
-        return False
-
-    def rows_by(x: Tensor, out: int) -> Tensor:
-        return x.new_empty(len(x), out)
-
-    def queries(qkv: Tensor, _pos, _freqs, _q_norm, _k_norm, _eps, k_cache: Tensor, _v) -> Tensor:
-        return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k_cache.shape[1], qkv.shape[3])
-
-    shapes = {
-        "linear_bf16": lambda x, packed, out: rows_by(x, out),
-        "linear_int8": lambda x, packed, grid, prefill: rows_by(x, len(grid)),
-        "linear_int8_activation": lambda x, packed, grid, peaks: rows_by(x, len(grid)),
-        "linear_int4": lambda x, packed, grid, out, prefill: rows_by(x, out),
-        "rotate_write": queries,
-        "attend": lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
-    }
-    for name, shape in shapes.items():
-        torch.library.register_fake(f"tokenbus::{name}", shape)
-    return True
+    return supported() and load_extension(SOURCE, FLAGS)
 
 
 def take_cache(cache: Tensor) -> bool:
@@ -109,7 +91,25 @@ def fuse(model: nn.Module) -> Callable | None:
     return lambda idx, input_pos, kv_len, last=None: fused.forward(idx, input_pos, last)
 
 
-def pack(weight: Tensor, columns: int) -> Tensor:
+def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | None] | None:
+    """Tiles of a stored weight, and its grid, as the operators take them; None where they cannot.
+
+    The scheme is told by the dtypes: bf16 without a grid, int8 with scales, or int4 codes in uint8
+    with scales and zeros, all stored as in linear.py.
+    """
+    columns = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+    dtype = weight.dtype if grid is None else grid.dtype
+    fits = weight.device.type == "cpu" and dtype == torch.bfloat16 and columns % 4 == 0
+    if weight.dtype == torch.uint8:
+        fits = fits and columns % 8 == 0 and columns // len(grid) % 16 == 0
+    if not fits or not load():
+        return None
+    if weight.dtype == torch.uint8:
+        return pack_int4(weight, grid)
+    return (tile(weight, 2), None) if grid is None else (tile(weight, 4), grid)
+
+
+def tile(weight: Tensor, columns: int) -> Tensor:
     """Tiles `[out/32, in/columns, 32, columns]` of a weight `[out, in]`, padded with zeros."""
     weight = F.pad(weight, (0, 0, 0, -len(weight) % 32))
     return weight.view(-1, 32, weight.shape[1] // columns, columns).transpose(1, 2).contiguous()
@@ -121,4 +121,4 @@ def pack_int4(weight: Tensor, scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]
     codes = torch.stack((even[:, ::2] | even[:, 1::2] << 4, odd[:, ::2] | odd[:, 1::2] << 4), -1)
     codes = codes.view(len(weight), -1, 2, 2).transpose(2, 3).flatten(1)
     grid = F.pad(scales_and_zeros, (0, 0, 0, -len(weight) % 32)).unflatten(1, (-1, 32))
-    return pack(codes, 4), grid.transpose(0, 1).contiguous()
+    return tile(codes, 4), grid.transpose(0, 1).contiguous()

@@ -8,20 +8,25 @@ reference that every kernel is tested against.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:
-    import kernels
-except ModuleNotFoundError as error:  # without that file PyTorch's own operations run
-    if error.name not in ("kernels", "build_cpp"):
-        raise
-    kernels = None
+from cli import optional
 
 FEW_ROWS = 32  # rows of x: more tokens are never verified at once, and count as a prefill
 TORCH_GROUPS = (32, 64, 128, 256)  # group sizes that PyTorch's own int4 operations take
 aten = torch.ops.aten
+
+
+@functools.cache
+def kernels_for(device: str) -> ModuleType | None:
+    """The file with this project's operators for a type of device; None where PyTorch's own run."""
+    name = {"cpu": "kernels", "cuda": "kernels_cuda"}.get(device)
+    return optional(name, "build_cpp", "operators", "triton") if name else None
 
 
 class Linear(nn.Module):
@@ -32,23 +37,19 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.register_buffer("tiles", None, persistent=False)  # the weight as kernels.py packs it
-        self.register_buffer("grid", None, persistent=False)  # its scales, as kernels.py packs them
+        # The weight and its scales as the operators of this device take them.
+        self.register_buffer("tiles", None, persistent=False)
+        self.register_buffer("grid", None, persistent=False)
 
     def declare(self, name: str, dtype: torch.dtype, *shape: int) -> None:
         """Declare a tensor of the checkpoint."""
         setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
 
-    def pack_weights(self) -> None:
-        """Pack the weight for this device's kernels; it must not change afterwards."""
-        if self.kernel_supports(self.weight.dtype, 4):
-            self.tiles = kernels.pack(self.weight, 2)
-
-    def kernel_supports(self, dtype: torch.dtype, columns: int) -> bool:
-        """Whether kernels.py multiplies x of this dtype here, `columns` columns at a time."""
-        bf16_on_cpu = self.weight.device.type == "cpu" and dtype == torch.bfloat16
-        fits = kernels is not None and bf16_on_cpu and self.in_features % columns == 0
-        return fits and kernels.load()
+    def pack_weights(self, grid: Tensor | None = None) -> None:
+        """Pack the weight for this device's operators; it must not change afterwards."""
+        kernels = kernels_for(self.weight.device.type)
+        packed = kernels.pack(self.weight.data, grid) if kernels else None
+        self.tiles, self.grid = packed or (None, None)
 
     def dequantize(self) -> Tensor:
         """The weight as floats `[out, in]`."""
@@ -63,7 +64,7 @@ class Linear(nn.Module):
     def matmul(self, x: Tensor, prefill: bool) -> Tensor:
         """x `[M, in]` times the weight: `[M, out]`."""
         if self.tiles is not None:
-            return torch.ops.tokenbus.linear_bf16(x, self.tiles, self.out_features)
+            return torch.ops.tokenbus.linear_bf16(x, self.tiles, self.out_features, prefill)
         return F.linear(x, self.weight)
 
 
@@ -78,9 +79,7 @@ class Int8Linear(Linear):
         self.declare(self.scales_name, torch.bfloat16, out_features)
 
     def pack_weights(self) -> None:
-        scales = getattr(self, self.scales_name)
-        if self.kernel_supports(scales.dtype, 4):
-            self.tiles, self.grid = kernels.pack(self.weight, 4), scales.data
+        super().pack_weights(getattr(self, self.scales_name).data)
 
     def dequantize(self) -> Tensor:
         scales = getattr(self, self.scales_name)
@@ -110,10 +109,8 @@ class Int8ActivationLinear(Int8Linear):
             return torch.ops.tokenbus.linear_int8_activation(x, self.tiles, self.grid, peaks)
         step = peaks.clamp(min=1e-12) / 127
         codes = (x.float() / step).round().to(torch.int8)
-        rows = len(codes)
-        if codes.device.type == "cuda" and rows <= FEW_ROWS:  # its kernel wants more than 16
-            codes = F.pad(codes, (0, 0, 0, FEW_ROWS))
-        y = torch._int_mm(codes, self.weight.t())[:rows]
+        cpu = x.device.type == "cpu"
+        y = torch._int_mm(codes, self.weight.t()) if cpu else int_matmul(codes, self.weight)
         return (y * step * self.scales_a8.float()).to(x.dtype)
 
 
@@ -132,16 +129,11 @@ class Int4Linear(Linear):
         self.register_buffer("packed", None, persistent=False)  # the weight as torch's ops want it
 
     def pack_weights(self) -> None:
-        device, dtype = self.weight.device.type, self.scales_and_zeros.dtype
-        if self.groupsize % 16 == 0 and self.kernel_supports(dtype, 8):
-            self.tiles, self.grid = kernels.pack_int4(self.weight, self.scales_and_zeros)
-        elif device == "cpu" and self.out_features % 16 == 0 and self.groupsize in TORCH_GROUPS:
+        super().pack_weights(self.scales_and_zeros.data)
+        fits = self.out_features % 16 == 0 and self.groupsize in TORCH_GROUPS
+        if self.tiles is None and self.packed is None and fits and self.weight.device.type == "cpu":
             codes = unpack_int4(self.weight).int()
             self.packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        elif device == "cuda" and self.out_features % 8 == 0 and dtype == torch.bfloat16:
-            tiles = [tiles for tiles in (8, 4, 2) if self.in_features % (16 * tiles) == 0]
-            if tiles and self.groupsize in TORCH_GROUPS:
-                self.packed = aten._convert_weight_to_int4pack(self.weight, tiles[0])
 
     def dequantize(self) -> Tensor:
         grid = self.scales_and_zeros.transpose(0, 1).unsqueeze(2)  # [out, groups, 1, 2]
@@ -154,9 +146,14 @@ class Int4Linear(Linear):
             return torch.ops.tokenbus.linear_int4(x, self.tiles, self.grid, out, prefill)
         if self.packed is None or len(x) > FEW_ROWS:
             return F.linear(x, self.dequantize())
-        cpu = x.device.type == "cpu"
-        matmul = aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm
-        return matmul(x, self.packed, self.groupsize, self.scales_and_zeros)
+        grid = self.scales_and_zeros
+        return aten._weight_int4pack_mm_for_cpu(x, self.packed, self.groupsize, grid)
+
+
+def int_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """int8 x `[M, in]` times int8 weight `[out, in]`, exactly, on a device that has only floats."""
+    pairs = zip(x.float().split(1024, 1), weight.float().split(1024, 1), strict=True)
+    return sum((a @ b.t()).int() for a, b in pairs)  # a sum of 1024 products fits float32
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import check_layers, check_state, join_qkv, load_state
+from checkpoint import check_layers, check_state, join_qkv, load_state, upload
 from cli import UserError
-from linear import Linear, kernels, linear_for
+from linear import Linear, kernels_for, linear_for
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
@@ -201,7 +201,8 @@ class KVCache(nn.Module):
         shape = (batch_size, kind.n_local_heads, length + 1, kind.head_dim)
         self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
         self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
-        # Whether the operators of kernels.py read and write it.
+        kernels = kernels_for(like.device.type)
+        # Whether the operators read and write it.
         self.has_kernels = kernels is not None and kernels.take_cache(self.k_cache)
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor, length: int) -> tuple:
@@ -230,7 +231,7 @@ class Attention(nn.Module):
     def mask(self, input_pos: Tensor, kv_len: int, dtype: torch.dtype) -> Mask | None:
         """What all layers of this kind share in a pass with queries at input_pos `[B, T]`.
 
-        None where the operators of kernels.py attend: they go by input_pos.
+        None where the operators attend: they go by input_pos.
         """
         if self.kv_cache.has_kernels:
             return None
@@ -248,7 +249,7 @@ class Attention(nn.Module):
         if self.flat_norm is not None:
             qkv = self.flat_norm(qkv)
         qkv = qkv.unflatten(-1, (-1, self.kind.head_dim))
-        attend = self.attend if mask is not None else self.attend_by_kernels
+        attend = self.attend if mask is not None else self.attend_by_operators
         return self.wo(attend(qkv, input_pos, mask), prefill)  # [B, T, H*G*D] -> [B, T, dim]
 
     def scale_query(self, q: Tensor, input_pos: Tensor) -> Tensor:
@@ -268,8 +269,8 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.hidden, scale=scale)
         return y.unflatten(2, (input_pos.shape[1], -1)).transpose(1, 2).flatten(2)  # [B, T, H*G*D]
 
-    def attend_by_kernels(self, qkv: Tensor, input_pos: Tensor, _mask: None) -> Tensor:
-        """The same by the operators of kernels.py, which need no mask."""
+    def attend_by_operators(self, qkv: Tensor, input_pos: Tensor, _mask: None) -> Tensor:
+        """The same by this project's operators, which need no mask."""
         kind, cache, ops = self.kind, self.kv_cache, torch.ops.tokenbus
         norms = [getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm)]
         caches = cache.k_cache, cache.v_cache
@@ -437,6 +438,8 @@ class Transformer(nn.Module):
             }
             model.set_submodule(name, linear_for(model.get_submodule(name), found))
         check_state(path, state, model.state_dict())
+        if torch.device(device).type == "cuda":
+            upload(state, torch.device(device))
         model.load_state_dict(state, assign=True)
         if tied and not shard:
             model.output.weight = model.tok_embeddings.weight  # one tensor, also where it is copied

@@ -116,9 +116,8 @@ def wrapped_steps(engine: Engine) -> Iterator[tuple[str, Callable]]:
 
         return run
 
-    for kind in ("Prefill", "Decode"):
-        name = f"{kind.lower()}_step"
-        yield name, step(kind, getattr(engine, name))
+    yield "prefill_step", step("Prefill", engine.prefill_step)
+    yield "decode_step", step("Decode", engine.uncaptured_step)
 
 
 @contextlib.contextmanager
@@ -127,8 +126,8 @@ def traced(engine: Engine) -> Iterator[None]:
 
     Compiled code is left as it was compiled: ranges put into it would compile it anew. So those
     inside a step exist only while a step runs that is not compiled, and with one compiled block
-    those outside of the blocks. A model that is one kernel runs by its modules meanwhile, as
-    nothing shows inside a kernel.
+    those outside of the blocks. A fused model runs by its modules meanwhile, and nothing is
+    captured: nothing shows inside a kernel or a CUDA graph.
     """
     before, namespace = (engine.prefill_step, engine.decode_step), generate.__globals__
     sampling = (namespace, "sample", namespace["sample"], title("Sampling", name="sample"))

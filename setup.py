@@ -12,12 +12,7 @@ setup(
     description="Llama-family text generation in plain PyTorch, as fast as the memory bus allows",
     license="BSD-3-Clause",
     python_requires=">=3.10",
-    py_modules=[
-        *("cli", "build_cpp", "kernels", "linear", "tokenizer", "chat_template", "model"),
-        *("families", "engine", "speculate", "prefill_cache", "tp", "ranges", "gptq"),
-        *("generate", "quantize", "eval"),
-    ],
-    packages=[""],
+    packages=[""],  # every module here
     package_data={"": ["kernels.cpp", "presets.json"]},
     install_requires=[line.split("#")[0].strip() for line in requirements],
 )

@@ -27,8 +27,8 @@ from engine import (
     candidates,
     draw,
     load,
-    read_tokens,
     sample,
+    send_tokens,
 )
 from linear import Linear
 from model import Transformer
@@ -260,7 +260,7 @@ class Speculator:
         logits = self.engine.decode(idx, input_pos[None], kv_len).logits[0]  # [1 + k, V]
         probs, tokens = candidates(shaped(logits, text, ids, hook), sampling)
         p = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, tokens, probs)
-        new = read_tokens(verify(p, ids, q, generator), logits, logprobs)
+        new = send_tokens(verify(p, ids, q, generator), logits, logprobs)()
         return [token for token in new if token.id >= 0], len(ids)
 
 
@@ -287,7 +287,7 @@ def speculate(
     logits = engine.prefill([text], start)
     hooked = shaped(logits, text, torch.empty(0), shape_logits)
     ids = sample(hooked, [sampling], [generator])
-    new = read_tokens(ids, logits, logprobs)
+    new = send_tokens(ids, logits, logprobs)()
     while True:
         for token in new:
             text.append(token.id)

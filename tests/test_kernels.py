@@ -108,7 +108,7 @@ def test_integers_are_multiplied_exactly():
         weight[0], x[0] = -128, 127  # the largest sums
         peaks, scales = torch.full((rows, 1), 127.0), torch.ones(height).bfloat16()
         op = torch.ops.tokenbus.linear_int8_activation
-        y = op(x.bfloat16(), kernels.pack(weight, 4), scales, peaks)
+        y = op(x.bfloat16(), kernels.tile(weight, 4), scales, peaks)
         assert torch.equal(y, (x.double() @ weight.double().t()).float().bfloat16())
 
 
@@ -130,10 +130,10 @@ def test_int8_weights_keep_small_values_beside_large_ones():
         x[0, 0], x[0, 1] = 2.0**exponent, -(2.0**exponent)
         x[0, 2] = 1.9921875 * 2.0 ** (exponent - 15)
         scales = torch.ones(1, dtype=torch.bfloat16)
-        y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.pack(weight, 4), scales, False)
+        y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.tile(weight, 4), scales, False)
         assert y.item() == x[0, 2].item(), exponent
     x[0, 3] = float("nan")
-    y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.pack(weight, 4), scales, False)
+    y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.tile(weight, 4), scales, False)
     assert y.isnan()
 
 
@@ -210,11 +210,11 @@ def test_operators_refuse_what_they_do_not_take():
 
 def test_a_weight_that_does_not_fit_is_refused():
     x = torch.zeros(1, 64).bfloat16()
-    tiles = kernels.pack(torch.zeros(40, 96).bfloat16(), 2)
+    tiles = kernels.tile(torch.zeros(40, 96).bfloat16(), 2)
     with pytest.raises(RuntimeError, match="has not been packed"):
-        torch.ops.tokenbus.linear_bf16(x, tiles, 40)
+        torch.ops.tokenbus.linear_bf16(x, tiles, 40, False)
     with pytest.raises(RuntimeError, match="has not been packed"):
-        torch.ops.tokenbus.linear_bf16(torch.zeros(1, 96).bfloat16(), tiles, 80)
+        torch.ops.tokenbus.linear_bf16(torch.zeros(1, 96).bfloat16(), tiles, 80, False)
 
 
 @pytest.mark.parametrize("name", ["attend", "rotate_write", *SCHEMES])
@@ -231,7 +231,7 @@ def test_compilation_sees_the_shapes_and_what_is_written(name):
     else:
         linear, _ = make_linear(name, 64, 40)
         linear.pack_weights()
-        rest = {"bf16": (40,), "int8-activation": (linear.grid, torch.ones(3, 1))}
+        rest = {"bf16": (40, False), "int8-activation": (linear.grid, torch.ones(3, 1))}
         rest |= {"int8": (linear.grid, True), "int4": (linear.grid, 40, False)}
         args = (x, linear.tiles, *rest[name])
     name = name if name in ("attend", "rotate_write") else f"linear_{name.replace('-', '_')}"

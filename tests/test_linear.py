@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from linear import Int4Linear, Linear, linear_for, pack_int4, unpack_int4
+from linear import Int4Linear, Linear, int_matmul, linear_for, pack_int4, unpack_int4
 from quantize import dequantize, quantize
 
 SCHEMES = ["int8", "int8-activation", "int4"]
@@ -137,3 +137,20 @@ def test_int8_of_any_width_needs_no_kernels(width, dtype, monkeypatch):
         x = torch.randn(rows, width, generator=generator).to(dtype)
         expected = x.float() @ (tensors["weight"].float() * tensors["scales"].float()[:, None]).t()
         assert (linear(x).float() - expected).norm() / expected.norm() < 0.01
+
+
+def test_integers_are_multiplied_exactly_where_a_device_has_only_floats():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (3, 5000), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-128, 128, (40, 5000), dtype=torch.int8, generator=generator)
+    x[0], weight[0] = 127, -128  # the largest sums
+    assert torch.equal(int_matmul(x, weight).long(), x.long() @ weight.long().t())
+
+
+def test_packing_twice_packs_once(monkeypatch):
+    monkeypatch.setattr(kernels, "load", lambda: False)
+    linear = Int4Linear(64, 32, groups=2).requires_grad_(False)
+    linear.pack_weights()
+    first = linear.packed
+    linear.pack_weights()
+    assert first is not None and linear.packed is first

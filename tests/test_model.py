@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import kernels
-from checkpoint import find_device
+from checkpoint import find_device, upload
 from cli import UserError
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from engine import load_model
@@ -259,3 +259,20 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch):
         find_device(None)
     monkeypatch.setenv("DEVICE", "cpu")
     assert find_device(None) == torch.device("cpu")
+
+
+def test_weights_arrive_whole_through_small_buffers():
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "bf16": torch.randn(33, 20, generator=generator).bfloat16(),
+        "int8": torch.randint(-128, 128, (7, 9), dtype=torch.int8, generator=generator),
+        "a part": torch.randn(16, 8, generator=generator)[:, 3:],
+        "number": torch.tensor(2.5),
+    }
+    state["the same"] = state["bf16"]
+    before = dict(state)
+    upload(state, torch.device("cpu"), stage=64)
+    for name, tensor in before.items():
+        assert torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype
+        assert state[name].data_ptr() != tensor.data_ptr()
+    assert state["the same"] is state["bf16"]

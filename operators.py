@@ -1,0 +1,50 @@
+"""The project's own operators: their schemas, and the shapes that they return.
+
+kernels.py implements them in C++ for CPUs, kernels_cuda.py in Triton for GPUs. torch.compile and
+torch.cuda.graph see opaque calls. The operators take whole KV caches, never views, so that no
+compiled code clones a cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# x is [M, in], `packed` a weight as `pack` of those files makes it, `grid` its scales. `prefill`
+# says which arithmetic a product uses, for any number of rows. `peaks`, float32 [M, 1], are the
+# largest magnitudes of the rows of x. Attention: qkv [B, T, heads, D], input_pos [B, T], caches
+# [B, KV heads, S + 1, D], freqs_cis [S + 1, D/2, 2], q [B, T, H, D].
+SCHEMAS = (
+    "linear_bf16(Tensor x, Tensor packed, int out, bool prefill) -> Tensor",
+    "linear_int8(Tensor x, Tensor packed, Tensor grid, bool prefill) -> Tensor",
+    "linear_int8_activation(Tensor x, Tensor packed, Tensor grid, Tensor? peaks) -> Tensor",
+    "linear_int4(Tensor x, Tensor packed, Tensor grid, int out, bool prefill) -> Tensor",
+    "rotate_write(Tensor qkv, Tensor input_pos, Tensor freqs_cis, Tensor? q_norm, Tensor? k_norm, "
+    "float eps, Tensor(a!) k_cache, Tensor(b!) v_cache) -> Tensor",
+    "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, float scale, int window, "
+    "Tensor? sinks) -> Tensor",
+)
+
+
+def product(x: Tensor, out: int) -> Tensor:
+    return x.new_empty(len(x), out)
+
+
+def queries(qkv: Tensor, _pos, _freqs, _q_norm, _k_norm, _eps, k_cache: Tensor, _v) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k_cache.shape[1], qkv.shape[3])
+
+
+FAKES = {
+    "linear_bf16": lambda x, packed, out, prefill: product(x, out),
+    "linear_int8": lambda x, packed, grid, prefill: product(x, len(grid)),
+    "linear_int8_activation": lambda x, packed, grid, peaks: product(x, len(grid)),
+    "linear_int4": lambda x, packed, grid, out, prefill: product(x, out),
+    "rotate_write": queries,
+    "attend": lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
+}
+
+library = torch.library.Library("tokenbus", "DEF")
+for schema in SCHEMAS:
+    library.define(schema)
+for name, fake in FAKES.items():
+    torch.library.register_fake(f"tokenbus::{name}", fake, lib=library)
