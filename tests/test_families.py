@@ -322,6 +322,8 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path):
         ("smollm2-1.7b", 1711.4),
         ("stories15m", 15.2),
         ("stories260k", 0.26),
+        ("gemma-3-4b", 3880.1),
+        ("phi-4-mini", 3836.0),
     ],
 )
 def test_presets_have_the_published_size(name, parameters):
@@ -333,7 +335,7 @@ def test_presets_have_the_published_size(name, parameters):
 
 
 def test_every_preset_can_be_read():
-    assert len(preset_names()) == 26
+    assert len(preset_names()) == 28
     contexts = {name: preset(name).block_size for name in preset_names()}
     assert contexts["mistral-7b-v0.1"] == contexts["mistral-7b"] == 32768
     assert contexts["llama-3.1-8b"] == 131072 and contexts["stories260k"] == 512
