@@ -25,8 +25,10 @@ from engine import Engine, Sampling, generate, load_model
 from families import from_config
 from linear import Linear, linear_for
 from model import LayerKind, ModelArgs, Transformer
+from prefill_cache import PrefillCache
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
+from speculate import PromptLookup, Speculator, speculate
 
 LENGTH, VOCABULARY = 40, 96
 SHAPE = dict(
@@ -410,3 +412,37 @@ def test_the_scale_of_embeddings_is_rounded_as_transformers_rounds_it(dtype):
     ours.tok_embeddings.weight.copy_(theirs.model.embed_tokens.weight)
     ids = torch.arange(VOCABULARY)[None]
     assert torch.equal(ours.embed(ids), theirs.model.embed_tokens(ids))
+
+
+# ------------------------------------------------------------------------------------------------
+# What else runs a model
+
+
+@pytest.mark.parametrize("published", ["ministral3", "phi3", "olmo3", "gemma3_text"], indirect=True)
+def test_drafts_and_kept_contexts_change_no_text(published):
+    """Windows are shorter than the text, so what is verified and restored lies partly outside."""
+    model = load_model(published.folder / "model.pth", "cpu", torch.float32)
+    prompt = [5, 6, 7, 8, 9, 10] * 4
+    options = dict(until=lambda _row, _id: False, seeds=[0])
+
+    def fresh_engine() -> Engine:
+        model.setup_caches(1, 45)
+        return Engine(model)
+
+    def text(steps) -> list[int]:
+        return [token.id for (token,) in steps]
+
+    greedy = Sampling(temperature=0)
+    expected = text(generate(fresh_engine(), [prompt], greedy, 16, **options))
+    speculator = Speculator(fresh_engine(), PromptLookup(VOCABULARY, model.device), 4)
+    speculator.draft_length = lambda: 4  # also where it does not pay
+    assert text(speculate(speculator, [prompt], greedy, 16, **options)) == expected
+    assert sum(speculator.histogram) > 0
+
+    cache, engine = PrefillCache(2**30), fresh_engine()
+    engine.prefill([prompt[:20]])
+    cache.store(prompt[:20], model)
+    engine = fresh_engine()  # with an empty cache
+    engine.cache = cache
+    assert text(generate(engine, [prompt], greedy, 16, **options)) == expected
+    assert engine.cached_tokens == 20
