@@ -245,6 +245,8 @@ def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Ca
         name = name.removeprefix("language_model.")
         found[name], sources[name] = tuple(shape), functools.partial(get_tensor, source)
     for name in [name for name in found if ".gate_up_proj." in name]:
+        if not found[name] or found[name][0] % 2:
+            continue  # no two halves
         (rows, *columns), whole = found.pop(name), sources.pop(name)
         for i, half in enumerate(("gate_proj", "up_proj")):
             part = name.replace("gate_up_proj", half)
@@ -313,7 +315,6 @@ def convert(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     if "quantization_config" in config:
         raise UserError(f"the weights in {folder} are quantized; download the original model")
     names = HF_NAMES | family.names
-    table = parts(args, names, not family.interleaved, family.norm_offset)
     shards = find_shards(folder)
     found = {}
     for file in shards:
@@ -323,12 +324,13 @@ def convert(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     beside = {name for name in found if re.match(BESIDE, name)}
     unused = beside | {name for name in found if name.endswith("rotary_emb.inv_freq")}
     found = {name: shape for name, shape in found.items() if name not in unused}
-    if args.tied and "lm_head.weight" in found:
-        if equal_tensors(shards, (f"{names['tok_embeddings']}.weight", "lm_head.weight")):
-            del found["lm_head.weight"]
+    pair = (f"{names['tok_embeddings']}.weight", f"{names['output']}.weight")
+    if args.tied and found.keys() >= {*pair}:
+        if equal_tensors(shards, pair):
+            del found[pair[1]]
         else:  # the file is right, whatever its configuration says
-            output = parts(dataclasses.replace(args, tied=False), names)["lm_head.weight"]
-            table["lm_head.weight"] = output
+            args = dataclasses.replace(args, tied=False)
+    table = parts(args, names, not family.interleaved, family.norm_offset)
     check_tensors(folder, found, table)
     for notice in notices(args, keys, beside):
         print(f"[{notice}]", file=sys.stderr)
