@@ -173,10 +173,12 @@ def find_family(config: dict) -> tuple[Keys, Family]:
         outer = {key: config[key] for key in TIED if keys.has(key)}
         kind = {"model_type": WRAPPERS[config["model_type"]]}
         keys = Keys(kind | text.values | outer, section="text_config")
-    for what, asking in UNKNOWN.items():
-        for key in filter(keys.values.get, asking):
-            kind = f"a {keys.get('model_type')!r:.60} model with {what}"
-            raise keys.refusal(key, f"of {kind}, which is not supported", "use another model")
+    kind = keys.get("model_type")
+    for part in (keys, keys.section("text_config")):  # of a wrapper that is not known
+        for what, asking in UNKNOWN.items():
+            for key in filter(part.values.get, asking):
+                why = f"of a {kind!r:.60} model with {what}, which is not supported"
+                raise part.refusal(key, why, "use another model")
     family = FAMILIES[keys.choice("model_type", (*FAMILIES,), None)]
     return Keys(family.defaults | keys.values, section=keys.path.rstrip(".")), family
 

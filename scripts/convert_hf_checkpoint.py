@@ -3,7 +3,10 @@
 Three things change: the names become Meta's, the matrices of q, k and v become one, and the rows of
 q and k go into Meta's rotary order. Hugging Face turns dimension i of a head together with
 dimension i + head_dim/2 (`rotate_half`), Meta turns neighbours: row 2i here is row i there, and row
-2i + 1 is row i + head_dim/2.
+2i + 1 is row i + head_dim/2. Rows that do not rotate stay where they are.
+
+families.py says where a family differs: in names, in the order of heads, in norms stored as w for
+1 + w. Rows published as one tensor are split, and what is not of the text model is left out.
 """
 
 from __future__ import annotations

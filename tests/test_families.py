@@ -154,6 +154,10 @@ def test_a_gemma_that_says_little_has_the_published_sizes():
             "attn_logit_softcapping is 50.0, .* a cap on attention scores, which is not",
         ),
         (
+            {"model_type": "qwen3_5", "text_config": {"linear_num_value_heads": 8}},
+            "text_config.linear_num_value_heads is 8, of a 'qwen3_5' model with linear attention",
+        ),
+        (
             {"model_type": "mistral3", "text_config": {"model_type": "mistral4"}},
             "text_config.model_type is 'mistral4', which is not supported",
         ),
