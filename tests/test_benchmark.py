@@ -359,6 +359,7 @@ def test_the_probe_needs_no_package_but_torch():
 # ---- Starts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_starts_are_timed_in_new_processes_that_share_a_cache(monkeypatch, tmp_path):
     folders, real = [], subprocess.run
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -273,6 +273,7 @@ def test_a_step_that_waits_is_found(name):
 # ---- What Inductor makes of a block for a card -------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_compiled_block_is_few_launches_and_clones_no_cache():
     """Four of Inductor's kernels, five products, the rotation and attention's two."""
     pytest.importorskip("triton", reason="compiles for a card")

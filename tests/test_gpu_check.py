@@ -246,6 +246,7 @@ def test_large_shapes_on_a_cpu_are_refused(check):
     assert code == 2 and err == "error: llama-3-8b takes hours on a CPU; add --shapes tiny\n"
 
 
+@pytest.mark.slow
 def test_only_torch_is_needed():
     blocked = "tqdm tokenizers sentencepiece safetensors gguf lm_eval huggingface_hub transformers"
     code = "import runpy, sys; sys.modules |= dict.fromkeys(sys.argv.pop(1).split()); "

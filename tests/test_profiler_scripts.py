@@ -2,7 +2,6 @@
 are chosen for int8 are those that need it."""
 
 import csv
-import functools
 import json
 import subprocess
 import sys
@@ -63,13 +62,6 @@ def folder(tmp_path_factory):
     torch.save(state, path)
     (path.parent / "text.txt").write_text(TEXT)
     return path.parent
-
-
-@pytest.fixture
-def few_tasks(monkeypatch):
-    """Spare the reading of lm-eval's thousands of task definitions."""
-    manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
 
 
 def rows_of(path) -> list[dict]:
@@ -266,7 +258,13 @@ def test_the_time_of_linears_is_the_wall_time_they_take(folder, monkeypatch, tmp
     assert linear == pytest.approx(last_run, rel=0.15)
 
 
-@pytest.mark.parametrize("compile", [[], ["--compile"]], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compile",
+    [
+        pytest.param([], id="eager"),
+        pytest.param(["--compile"], id="compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_traces_of_generate_are_read(run, hybrid, tmp_path, compile):
     trace = tmp_path / "trace.json"
     flags = ["--checkpoint_path", hybrid, "--device", "cpu", "--max_new_tokens", "5", *compile]

@@ -8,11 +8,11 @@ import random
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from commands import python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
@@ -81,15 +81,19 @@ class Fixed(Speculator):
 # ---- Greedy text -------------------------------------------------------------------------------
 
 
+@functools.cache
+def text_without_a_draft(*prompt: int) -> list[int]:
+    return run_rows(engine(), [list(prompt)], n=24)[0]
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_greedy_text_is_that_without_a_draft(draft, fixed):
     target, drafting = engine(), DRAFTS[draft]()
-    alone = engine()
     for k in (1, 4):
         speculator = (Fixed if fixed else Speculator)(target, drafting, k)
         for prompt in [*PROMPTS, REPEATING]:
-            assert run(speculator, prompt, n=24) == run_rows(alone, [prompt], n=24)[0]
+            assert run(speculator, prompt, n=24) == text_without_a_draft(*prompt)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-activation", "int4"])
@@ -205,6 +209,7 @@ def test_what_is_accepted_or_drawn_instead_has_the_targets_distribution():
     assert max(verified(verify, 8000)) < 3.5  # exceeded once in 100 if right: chi-square, 4 degrees
 
 
+@pytest.mark.slow
 def test_the_chi_square_test_would_notice_a_wrong_residual():
     """Two plausible mistakes: not taking q off, and taking off the row after."""
 
@@ -225,6 +230,7 @@ TINY = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
 TINY = CONFIG | TINY | {"head_dim": 4, "intermediate_size": 8, "vocab_size": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(1.3, 0), Sampling(0.9, 5, 0.95, 0.05)])
 def test_sampled_texts_have_the_targets_distribution(sampling):
     """All 216 texts of three tokens, against the product of the model's probabilities."""
@@ -363,6 +369,7 @@ def test_a_hook_shapes_the_same_text_with_a_draft_and_without(draft):
 # ---- Compiled ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["block", "whole"])
 def test_nothing_recompiles_whatever_is_proposed_and_accepted(mode):
     torch.compiler.reset()
@@ -505,7 +512,7 @@ def test_the_recipes_pass_flags_that_exist(script, tmp_path):
     stand_in = tmp_path / "python"
     stand_in.write_text(
         f"#!/bin/bash\nwhile [[ $1 != generate.py ]]; do shift; done\nshift\n"
-        f'exec {sys.executable} -c {shlex.quote(check)} "$@"\n'
+        f'exec {shlex.join(python())} -c {shlex.quote(check)} "$@"\n'
     )
     stand_in.chmod(0o755)
     (tmp_path / "torchrun").symlink_to(stand_in)
@@ -518,6 +525,7 @@ def test_the_recipes_pass_flags_that_exist(script, tmp_path):
     assert flags["draft_checkpoint_path"].endswith("model_int4.g32.pth")
 
 
+@pytest.mark.slow
 def test_every_mix_of_schemes_compiles():
     """As in a custom hybrid: nearly every block has other schemes, and one function runs all."""
     torch.compiler.reset()
