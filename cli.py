@@ -63,6 +63,18 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     return parse
 
 
+def json_object(text: str) -> dict:
+    """An argparse type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        example = '{"enable_thinking": false}'
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no JSON object such as {example}")
+    return value
+
+
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of every script that reads a checkpoint."""
     add = parser.add_argument

@@ -12,183 +12,231 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from cli import UserError, read_json
+from keys import Keys
+from kinds import MAX_LAYERS, context_length, head_sizes, original_length, rope_section, rotations
 from model import LayerKind, ModelArgs
 
-# What a file may ask for. The largest published numbers are 126 layers (Llama 3.1 405B), 128 heads,
-# 512 dimensions a head, 262,144 tokens and 10,485,760 positions; what is made of a configuration
-# before the weights are seen takes time and memory in proportion to the layers and the head_dim.
-MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_SIZE = 2**10, 2**12, 2**12, 2**24
-NUMBERS = (1e-12, 1e12)  # within which no frequency overflows a float32
 PRESETS = Path(__file__).with_name("presets.json")
-AGAIN = "fetch the file again"
-
-# ------------------------------------------------------------------------------------------------
-# Reading a file's keys
-
-
-class Keys:
-    """The keys of a JSON object, each read as what it has to be; a `UserError` names it.
-
-    An absent key and null are the same: the default, and an error where there is none.
-    """
-
-    def __init__(self, values: dict, where: str = "config.json", section: str = ""):
-        self.values, self.where, self.path = values, where, section and f"{section}."
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def get(self, key: str, default=None):
-        value = self.values[key] if self.has(key) else default
-        if value is None:
-            raise UserError(f"{self.where} lacks {self.path}{key}; {AGAIN}")
-        return value
-
-    def refusal(self, key: str, what: str, advice: str = AGAIN) -> UserError:
-        value = f"{self.values.get(key)!r:.60}"
-        return UserError(f"{self.where}: {self.path}{key} is {value}, {what}; {advice}")
-
-    def count(self, key: str, most: int = MAX_SIZE, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.refusal(key, f"not a count from 1 to {most}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value, (low, high) = self.get(key, default), NUMBERS
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise self.refusal(key, f"not a number from {low} to {high}")
-        return float(value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.get(key, default)
-        if type(value) is not bool:
-            raise self.refusal(key, "not true or false")
-        return value
-
-    def choice(self, key: str, known: tuple, default: str | float) -> str | float:
-        value = self.get(key, default)
-        if value not in known:
-            names = ", ".join(map(str, known))
-            raise self.refusal(key, f"which is not supported (known: {names})", "use another model")
-        return value
-
-    def section(self, *names: str) -> Keys:
-        """The first object there is under one of these names; an empty one if there is none."""
-        key = next((name for name in names if self.values.get(name)), None)
-        value = self.values[key] if key else {}
-        if not isinstance(value, dict):
-            raise self.refusal(key, "not an object")
-        return Keys(value, self.where, key or "")
-
+ATTENTION, FFN = ("wqkv", "wo"), ("w1", "w2", "w3")  # the Linears that may have biases
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # ------------------------------------------------------------------------------------------------
 # What each family is
 
 
-def biases_by_flags(config: Keys) -> tuple[str, ...]:
-    """The Linears with biases, as the flags of the file say."""
-    attention = ("wqkv", "wo") if config.flag("attention_bias") else ()
-    return attention + (("w1", "w2", "w3") if config.flag("mlp_bias") else ())
+def biases_by(**flags: tuple[str, ...]) -> Callable[[Keys], tuple[str, ...]]:
+    """The Linears with biases, as flags of the file say."""
+    return lambda config: sum((flags[flag] for flag in flags if config.flag(flag)), ())
+
+
+def all_but_every(layers: int) -> Callable[[Keys, int], bool]:
+    """Windows in all layers but every n-th, which sees the whole context."""
+    return lambda config, i: (i + 1) % config.count("sliding_window_pattern", default=layers) > 0
+
+
+def without_rope(config: Keys, layer: int, _windowed: bool = False) -> bool:
+    """SmolLM3: its list has a 0 for each layer without rotations; without one, it is every n-th."""
+    if config.has("no_rope_layers"):
+        return not config.entries("no_rope_layers", layer + 1, "0 and 1", (0, 1).__contains__)[-1]
+    return (layer + 1) % config.count("no_rope_layer_interval", default=4) == 0
+
+
+def post_norms(attention: str, ffn: str) -> dict[str, str]:
+    return {"attention_post_norm": f"{attention}_layernorm", "ffn_post_norm": f"{ffn}_layernorm"}
+
+
+def granite(config: Keys) -> dict:
+    embed, residual = (config.number(f"{of}_multiplier", 1.0) for of in ("embedding", "residual"))
+    logits = 1 / config.number("logits_scaling", 1.0)
+    return {"embed_scale": embed, "residual_scale": residual, "logit_scale": logits}
+
+
+def gemma(config: Keys) -> dict:
+    cap = "final_logit_softcapping"
+    caps = {"logit_cap": config.number(cap)} if config.has(cap) else {}
+    return caps | {"embed_scale": math.sqrt(config.count("hidden_size"))}
+
+
+def ministral(config: Keys) -> dict:
+    rope = config.section("rope_parameters", "rope_scaling")
+    return {"query_scale": (rope.number("llama_4_scaling_beta"), original_length(config, rope))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a `model_type` implies; the defaults are Llama's."""
 
+    defaults: dict = dataclasses.field(default_factory=dict)  # what its files may leave out
+    norms: str = "pre"
     qk_norm: str = ""
-    biases: Callable[[Keys], tuple[str, ...]] = biases_by_flags
-    windowed: Callable[[Keys], bool] = lambda config: config.flag("use_sliding_window")
+    biases: Callable[[Keys], tuple[str, ...]] = biases_by(attention_bias=ATTENTION, mlp_bias=FFN)
+    # Which layers have the window, and which of them no rotations; `layer_types` goes first.
+    windowed: Callable[[Keys, int], bool] | None = None
+    unrotated: Callable[[Keys, int, bool], bool] = lambda config, layer, windowed: False
+    local_rope: bool = False  # layers with a window take no part in the scaling of the others
+    partial_rotary: bool = False
+    model: Callable[[Keys], dict] = lambda config: {}  # more fields of ModelArgs
+    kind: Callable[[Keys], dict] = lambda config: {}  # and of LayerKind
+    # How its tensors are published; names by the keys of convert_hf_checkpoint.HF_NAMES.
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    interleaved: bool = False  # q and k lie in Meta's rotary order already
+    norm_offset: float = 0.0  # what is to be added to the weights of norms
 
+
+ALWAYS = {"windowed": lambda config, layer: True}
+LAST = "max_window_layers"  # Qwen's, whose windows are switched on by a flag
+QWEN = {"windowed": lambda config, layer: layer >= config.count(LAST, default=28, least=0)}
+NO_WINDOW = {"use_sliding_window": False}
+EPS = {"rms_norm_eps": 1e-5}
+TIED = {"tie_word_embeddings": True}
+POST = {"norms": "post", "names": post_norms("post_attention", "post_feedforward")}
+# Some of Gemma's files leave out nearly everything.
+GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
+GEMMA |= {"max_position_embeddings": 131072, "hidden_activation": "gelu_pytorch_tanh"} | TIED
+GEMMA |= {"sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+GLM = {"rms_norm_eps": 1.5625e-7, "head_dim": 128, "partial_rotary_factor": 0.5}
 
 FAMILIES = {
     "llama": Family(),
-    "mistral": Family(windowed=lambda config: True),
-    "qwen2": Family(biases=lambda config: ("wqkv",)),
-    "qwen3": Family(qk_norm="head"),
+    "mistral": Family(**ALWAYS),
+    "ministral3": Family(EPS, kind=ministral, **ALWAYS),
+    "qwen2": Family(NO_WINDOW, biases=lambda config: ("wqkv",), **QWEN),
+    "qwen3": Family(NO_WINDOW, qk_norm="head", **QWEN),
+    "smollm3": Family(
+        {"rope_theta": 2e6} | TIED | NO_WINDOW, windowed=without_rope, unrotated=without_rope
+    ),
+    "granite": Family(
+        model=granite, kind=lambda config: {"scale": config.number("attention_multiplier", 1.0)}
+    ),
+    "phi3": Family(EPS, partial_rotary=True, names={"wqkv": "self_attn.qkv_proj"}, **ALWAYS),
+    "seed_oss": Family(
+        {"head_dim": 128, "attention_bias": True},
+        biases=biases_by(attention_bias=("wqkv",), attention_out_bias=("wo",), mlp_bias=FFN),
+    ),
+    "ernie4_5": Family(
+        {"head_dim": 128, "rope_theta": 5e5} | EPS | TIED,
+        **{"biases": biases_by(use_bias=ATTENTION + FFN), "interleaved": True},
+    ),
+    "olmo2": Family(EPS, qk_norm="flat", **POST),
+    "olmo3": Family(
+        {"rope_theta": 5e5, "sliding_window": 4096} | EPS,
+        **{"qk_norm": "flat", "windowed": all_but_every(4), "local_rope": True} | POST,
+    ),
+    "gemma3_text": Family(
+        GEMMA,
+        norms="both",
+        qk_norm="head",
+        windowed=all_but_every(6),
+        local_rope=True,
+        model=gemma,
+        kind=lambda config: {"scale": config.number("query_pre_attn_scalar", 256) ** -0.5},
+        names=POST["names"] | {"ffn_norm": "pre_feedforward_layernorm"},
+        norm_offset=1.0,
+    ),
+    "glm4": Family(
+        GLM | {"attention_bias": True},
+        norms="both",
+        biases=biases_by(attention_bias=("wqkv",)),
+        partial_rotary=True,
+        names=post_norms("post_self_attn", "post_mlp"),
+        interleaved=True,
+    ),
+    "exaone4": Family(
+        {"sliding_window": 4096} | EPS,
+        qk_norm="head",
+        windowed=all_but_every(4),
+        unrotated=lambda config, _, windowed: config.has("sliding_window") and not windowed,
+        **POST,
+    ),
+}
+# Checkpoints with a vision tower, and the text model within where they do not say which.
+WRAPPERS = {"mistral3": "mistral", "gemma3": "gemma3_text"}
+# What nothing here computes, and the keys that ask for it.
+UNKNOWN = {
+    "a mixture of experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "a cap on attention scores": ("attn_logit_softcapping",),
+    "attention to later tokens": ("use_bidirectional_attention",),
+    "latent attention": ("kv_lora_rank",),
+    "linear attention": ("linear_num_value_heads",),
+    "layers that share their keys and values": ("num_kv_shared_layers",),
+    "embeddings in every layer": ("hidden_size_per_layer_input",),
 }
 
-# ------------------------------------------------------------------------------------------------
-# Rotary frequencies, in float32
 
-
-def llama3_scaling(freqs: Tensor, rope: Keys) -> Tensor:
-    """Llama 3.1: long waves are stretched by `factor`, short ones kept, those between mixed."""
-    factor, low = rope.number("factor"), rope.number("low_freq_factor")
-    high = rope.number("high_freq_factor")
-    if low >= high:
-        raise rope.refusal("low_freq_factor", f"not below high_freq_factor, {high}")
-    turns = rope.number("original_max_position_embeddings") * freqs / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return freqs * (keep + (1 - keep) / factor)
-
-
-ROPES: dict[str, Callable[[Tensor, Keys], Tensor]] = {
-    "default": lambda freqs, rope: freqs,
-    "linear": lambda freqs, rope: freqs / rope.number("factor"),
-    "llama3": llama3_scaling,
-}
-
-
-def rope_frequencies(config: Keys, head_dim: int) -> tuple[float, ...]:
-    """Radians a position of each pair of dimensions, `head_dim / 2` float32 values."""
-    rope = config.section("rope_parameters", "rope_scaling")
-    for keys in (rope, config):
-        keys.choice("partial_rotary_factor", (1.0,), 1.0)
-    scaling = rope.choice("rope_type" if rope.has("rope_type") else "type", (*ROPES,), "default")
-    base = (rope if rope.has("rope_theta") else config).number("rope_theta", 1e4)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    return tuple(ROPES[scaling](1.0 / base**exponents, rope).tolist())
+def find_family(config: dict) -> tuple[Keys, Family]:
+    """The keys of the text model in a published `config.json`, and its family."""
+    keys = Keys(config)
+    if keys.get("model_type") in (*WRAPPERS,):
+        text = keys.section("text_config")
+        outer = {key: config[key] for key in TIED if keys.has(key)}
+        kind = {"model_type": WRAPPERS[config["model_type"]]}
+        keys = Keys(kind | text.values | outer, section="text_config")
+    kind = keys.get("model_type")
+    for part in (keys, keys.section("text_config")):  # of a wrapper that is not known
+        for what, asking in UNKNOWN.items():
+            for key in filter(part.values.get, asking):
+                why = f"of a {kind!r:.60} model with {what}, which is not supported"
+                raise part.refusal(key, why, "use another model")
+    family = FAMILIES[keys.choice("model_type", (*FAMILIES,), None)]
+    return Keys(family.defaults | keys.values, section=keys.path.rstrip(".")), family
 
 
 # ------------------------------------------------------------------------------------------------
 # The whole
 
 
-def head_sizes(config: Keys) -> tuple[int, int, int]:
-    """The number of heads, that of KV heads, and head_dim."""
-    dim, heads = config.count("hidden_size"), config.count("num_attention_heads", MAX_HEADS)
-    kv_heads = config.count("num_key_value_heads", MAX_HEADS, heads)
-    if heads % kv_heads:
-        raise config.refusal("num_key_value_heads", f"which does not divide the {heads} heads")
-    if config.has("head_dim"):
-        head_dim, source = config.count("head_dim", MAX_HEAD_DIM), "head_dim"
-    elif dim % heads:
-        raise config.refusal("hidden_size", f"which {heads} heads do not divide (no head_dim)")
-    else:
-        head_dim, source = dim // heads, "hidden_size"
-    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
-        what = "an odd number" if head_dim % 2 else f"over {MAX_HEAD_DIM}"
-        raise config.refusal(source, f"so a head has {head_dim} dimensions, {what}")
-    return heads, kv_heads, head_dim
+def windowed_layers(config: Keys, family: Family, layers: int) -> list[bool]:
+    """Which layers have the window of the file."""
+    flag = "use_sliding_window"
+    unused = flag in family.defaults and not config.flag(flag)
+    if family.windowed is None or unused or not config.has("sliding_window"):
+        return [False] * layers
+    if not config.has("layer_types"):
+        return [family.windowed(config, layer) for layer in range(layers)]
+    what = f"layers with {' or '.join(LAYER_TYPES)}"
+    types = config.entries("layer_types", layers, what, LAYER_TYPES.__contains__)
+    return [name == "sliding_attention" for name in types]
+
+
+def layer_kinds(config: Keys, family: Family, context: int) -> dict:
+    """`kinds` and `layers` of ModelArgs."""
+    sizes, count = head_sizes(config), config.count("num_hidden_layers", MAX_LAYERS)
+    windowed = windowed_layers(config, family, count)
+    window = config.count("sliding_window") if any(windowed) else 0
+    unrotated = [family.unrotated(config, layer, w) for layer, w in enumerate(windowed)]
+    layers, kinds = [*zip(windowed, unrotated, strict=True)], {}
+    for near, still in dict.fromkeys(layers):
+        rope = rope_section(config, near, family.local_rope)
+        options = rotations(config, rope, sizes[2], family.partial_rotary)
+        options |= {"rope": (0.0,) * (sizes[2] // 2)} if still else {}
+        options |= {"window": window if near and window < context else 0} | family.kind(config)
+        kinds[near, still] = LayerKind(*sizes, **options)
+    different = [*dict.fromkeys(kinds.values())]
+    places = {key: different.index(kind) for key, kind in kinds.items()}
+    return {"kinds": tuple(different), "layers": tuple(places[key] for key in layers)}
 
 
 def from_config(config: dict) -> ModelArgs:
     """Read a published `config.json`; `UserError` on what is wrong with it or not supported."""
-    keys = Keys(config)
-    family = FAMILIES[keys.choice("model_type", (*FAMILIES,), None)]
-    keys.choice("hidden_act", ("silu",), "silu")
-    heads, kv_heads, head_dim = head_sizes(keys)
-    # Attention sees the whole context, which equals a sliding window up to its length.
-    length = keys.count("max_position_embeddings")
-    window = keys.count("sliding_window", default=length) if family.windowed(keys) else length
-    layers = keys.count("num_hidden_layers", MAX_LAYERS)
+    keys, family = find_family(config)
+    act = "hidden_activation" if keys.has("hidden_activation") else "hidden_act"
+    context = context_length(keys, family.local_rope)
     return ModelArgs(
         dim=keys.count("hidden_size"),
-        n_layer=layers,
+        n_layer=keys.count("num_hidden_layers", MAX_LAYERS),
         vocab_size=keys.count("vocab_size"),
-        block_size=min(length, window),
+        block_size=context,
         intermediate_size=keys.count("intermediate_size"),
-        kinds=(LayerKind(heads, kv_heads, head_dim, rope=rope_frequencies(keys, head_dim)),),
-        layers=(0,) * layers,
         norm_eps=keys.number("rms_norm_eps", 1e-6),
+        norms=family.norms,
         qk_norm=family.qk_norm,
+        act=ACTIVATIONS[keys.choice(act, (*ACTIVATIONS,), "silu")],
         tied=keys.flag("tie_word_embeddings"),
         biases=family.biases(keys),
+        **layer_kinds(keys, family, context),
+        **family.model(keys),
     )
 
 

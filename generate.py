@@ -30,6 +30,7 @@ from cli import (
     Parser,
     UserError,
     add_model_flags,
+    json_object,
     number,
     optional,
     output_file,
@@ -224,6 +225,8 @@ def make_parser() -> Parser:
     source.add_argument("--jsonl", action="store_true", help=text)
     add("--chat", action=BooleanOptionalAction, help="wrap prompts in the model's chat format")
     add("--system_prompt", default="", help="what a chat begins with")
+    about = 'what the chat template is told, such as {"enable_thinking": false}'
+    add("--template_args", type=json_object, default={}, metavar="JSON", help=about)
     add("--num_samples", type=number(int, 1), default=1, help="times to run each prompt")
     text = "rows a batch (default: 1, or the whole file)"
     add("--batch_size", type=number(int, 1, 4096), help=text)
@@ -271,6 +274,8 @@ def check_flags(args: Namespace) -> None:
         args.batch_size = 1
     if args.system_prompt and not args.chat:
         raise UserError("--system_prompt is for chats; add --chat")
+    if args.template_args and not args.chat:
+        raise UserError("--template_args is for chats; add --chat")
     if args.interactive and (args.batch_size or 1) > 1:
         raise UserError("--interactive is one conversation; leave --batch_size out")
     if args.speculating and args.batch_size > 1:
@@ -334,6 +339,7 @@ def main(args: Namespace) -> None:
         kernels.load()  # built once, before the clock starts
     began = time.perf_counter()
     model, tokenizer = load(path, device, args.precision, shard)
+    tokenizer.template_args = args.template_args
     model.pack_weights()
     synchronize(device)
     load_s = time.perf_counter() - began

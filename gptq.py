@@ -199,7 +199,7 @@ def quantize_blocks(
     """
     device = model.device
     names = {module: name for name, module in model.named_modules()}
-    states = [model.tok_embeddings(tokens[None].to(device)) for tokens in sequences]  # [1, T, dim]
+    states = [model.embed(tokens[None].to(device)) for tokens in sequences]  # [1, T, dim]
     lengths = [x.shape[1] for x in states]
     longest, count = max(lengths), sum(lengths)
     bar = tqdm(total=sum(isinstance(m, Linear) for m in names), desc="GPTQ", unit="matrix")

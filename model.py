@@ -11,6 +11,7 @@ D = head_dim, and G query heads for each KV head.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,7 @@ from linear import Linear, kernels_for, linear_for
 # Configuration
 
 
-NOT_YET = {"norms", "qk_norm", "act", "mixture", "mixer", "sinks", "values_from_keys", "value_norm"}
-NOT_YET |= {"embed_scale", "residual_scale", "logit_scale", "logit_cap"}
+NOT_YET = {"mixture", "mixer", "sinks", "values_from_keys", "value_norm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class LayerKind:
     rope: tuple[float, ...] = ()  # head_dim / 2 frequencies, radians a position; 0 does not rotate
     rope_scale: float = 1.0  # of cos and sin of rotated pairs (yarn)
     scale: float = 0.0  # of scores; 0: head_dim ** -0.5
+    query_scale: tuple[float, float] = (0.0, 1.0)  # (b, n): q times 1 + b * ln(1 + pos // n)
     mixer: str = "attention"
     sinks: bool = False
     values_from_keys: bool = False
@@ -78,23 +79,23 @@ class ModelArgs:
     kinds: tuple[LayerKind, ...]
     layers: tuple[int, ...]
     norm_eps: float = 1e-5
-    norms: str = "pre"  # pre | post | both
-    qk_norm: str = ""  # "" | head | flat
-    act: str = "silu"
+    norms: str = "pre"  # pre | post | both: around attention and around the FFN
+    qk_norm: str = ""  # "" | head | flat: of each head, or of all heads of q and of k together
+    act: str = "silu"  # silu | gelu_tanh
     tied: bool = False  # the output matrix is the embedding
     biases: tuple[str, ...] = ()  # the Linears that have a bias
     mixture: Mixture | None = None
     embed_scale: float = 1.0
-    residual_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and FFN add
     logit_scale: float = 1.0
-    logit_cap: float = 0.0
+    logit_cap: float = 0.0  # c: logits become c * tanh(logits / c); 0: no cap
 
     def __post_init__(self):
         """Refuse what the network below does not do yet, rather than ignore it."""
         for part in (self, *self.kinds):
             for field in dataclasses.fields(part):
                 value = getattr(part, field.name)
-                if field.name in NOT_YET and value not in (field.default, "head"):
+                if field.name in NOT_YET and value != field.default:
                     raise UserError(f"{field.name} {value!r} is not supported; use another model")
 
     def share(self, world: int) -> ModelArgs:
@@ -124,10 +125,38 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
+    def mean_square(self, x32: Tensor) -> Tensor:
+        return x32.square().mean(-1, keepdim=True)
+
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        x32 = x32 * torch.rsqrt(self.mean_square(x32) + self.eps)
         return x32.type_as(x) * self.weight
+
+
+class AllHeadsNorm(RMSNorm):
+    """A norm over all heads together (OLMo), of which a rank has its part."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__(dim, eps)
+        self.mean = nn.Identity()  # where tp.py takes the mean of all ranks
+
+    def mean_square(self, x32: Tensor) -> Tensor:
+        return self.mean(super().mean_square(x32))
+
+
+class FlatNorm(nn.Module):
+    """Norms of q and of k, each over all its heads, for one Linear that makes q, k and v."""
+
+    def __init__(self, kind: LayerKind, eps: float):
+        super().__init__()
+        q, kv = kind.n_head * kind.head_dim, kind.n_local_heads * kind.head_dim
+        self.sizes = (q, kv, kv)
+        self.q, self.k = AllHeadsNorm(q, eps), AllHeadsNorm(kv, eps)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        return torch.cat((self.q(q), self.k(k), v), dim=-1)
 
 
 def rotations(kind: LayerKind, length: int) -> Tensor:
@@ -139,6 +168,15 @@ def rotations(kind: LayerKind, length: int) -> Tensor:
     # Not cos() and sin(): the first call of MKL's vector math in a process may be off by 1e-4 where
     # threads share it (https://github.com/pytorch/pytorch/issues/188792).
     return torch.view_as_real(torch.polar(scale.expand_as(angles), angles))
+
+
+def query_scales(kind: LayerKind, length: int, device: torch.device) -> Tensor | None:
+    """What q is multiplied by at each position (Llama 4, Ministral 3): float32 `[length, 1, 1]`."""
+    growth, period = kind.query_scale
+    if not growth:
+        return None
+    steps = (torch.arange(length, device=device) / period).floor()
+    return (1 + growth * torch.log1p(steps))[:, None, None]
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -182,10 +220,12 @@ class Attention(nn.Module):
         self.heads = (kind.n_head, kind.n_local_heads, kind.n_local_heads)  # of q, k and v
         self.wqkv = Linear(args.dim, sum(self.heads) * kind.head_dim, "wqkv" in args.biases)
         self.wo = Linear(kind.n_head * kind.head_dim, args.dim, "wo" in args.biases)
-        norm = RMSNorm if args.qk_norm else nn.Identity
+        self.flat_norm = FlatNorm(kind, args.norm_eps) if args.qk_norm == "flat" else None
+        norm = RMSNorm if args.qk_norm == "head" else nn.Identity
         self.q_norm = norm(kind.head_dim, args.norm_eps)
         self.k_norm = norm(kind.head_dim, args.norm_eps)
         self.register_buffer("freqs_cis", None, persistent=False)  # [S + 1, D/2, 2]
+        self.register_buffer("query_scales", None, persistent=False)  # [S + 1, 1, 1]
         self.kv_cache: KVCache | None = None
 
     def mask(self, input_pos: Tensor, kv_len: int, dtype: torch.dtype) -> Mask | None:
@@ -205,9 +245,16 @@ class Attention(nn.Module):
         return Mask(hidden, self.freqs_cis[input_pos])
 
     def forward(self, x: Tensor, input_pos: Tensor, mask: Mask | None, prefill: bool) -> Tensor:
-        qkv = self.wqkv(x, prefill).unflatten(-1, (-1, self.kind.head_dim))
+        qkv = self.wqkv(x, prefill)
+        if self.flat_norm is not None:
+            qkv = self.flat_norm(qkv)
+        qkv = qkv.unflatten(-1, (-1, self.kind.head_dim))
         attend = self.attend if mask is not None else self.attend_by_operators
         return self.wo(attend(qkv, input_pos, mask), prefill)  # [B, T, H*G*D] -> [B, T, dim]
+
+    def scale_query(self, q: Tensor, input_pos: Tensor) -> Tensor:
+        """q `[B, T, H, D]`, by its position where the family says so."""
+        return q if self.query_scales is None else q * self.query_scales[input_pos].type_as(q)
 
     def attend(self, qkv: Tensor, input_pos: Tensor, mask: Mask) -> Tensor:
         """Attention of qkv `[B, T, heads, D]` by PyTorch's own operations."""
@@ -215,7 +262,7 @@ class Attention(nn.Module):
         q = apply_rotary_emb(self.q_norm(q), mask.freqs_cis)
         k = apply_rotary_emb(self.k_norm(k), mask.freqs_cis)
         k, v = self.kv_cache.update(input_pos, k, v, mask.hidden.shape[-1])  # [B, H, L, D]
-        q = q.unflatten(2, (k.shape[1], -1))  # [B, T, H, G, D]
+        q = self.scale_query(q, input_pos).unflatten(2, (k.shape[1], -1))  # [B, T, H, G, D]
         # The G query heads of a KV head become rows, so that the cache is never repeated.
         q = q.transpose(1, 2).flatten(2, 3)  # -> [B, H, T*G, D]
         scale = self.kind.scale or None
@@ -228,19 +275,24 @@ class Attention(nn.Module):
         norms = [getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm)]
         caches = cache.k_cache, cache.v_cache
         q = ops.rotate_write(qkv, input_pos, self.freqs_cis, *norms, self.eps, *caches)
+        q = self.scale_query(q, input_pos)
         scale = kind.scale or kind.head_dim**-0.5
         return ops.attend(q, *caches, input_pos, scale, kind.window, None)
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
+        self.act = ACTIVATIONS[args.act]
         self.w1 = Linear(args.dim, args.intermediate_size, "w1" in args.biases)
         self.w3 = Linear(args.dim, args.intermediate_size, "w3" in args.biases)
         self.w2 = Linear(args.intermediate_size, args.dim, "w2" in args.biases)
 
     def forward(self, x: Tensor, prefill: bool) -> Tensor:
-        return self.w2(F.silu(self.w1(x, prefill)) * self.w3(x, prefill), prefill)
+        return self.w2(self.act(self.w1(x, prefill)) * self.w3(x, prefill), prefill)
 
 
 class TransformerBlock(nn.Module):
@@ -248,12 +300,19 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(args, kind)
         self.feed_forward = FeedForward(args)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        pre = nn.Identity if args.norms == "post" else RMSNorm
+        post = nn.Identity if args.norms == "pre" else RMSNorm
+        self.attention_norm = pre(args.dim, args.norm_eps)
+        self.attention_post_norm = post(args.dim, args.norm_eps)
+        self.ffn_norm = pre(args.dim, args.norm_eps)
+        self.ffn_post_norm = post(args.dim, args.norm_eps)
+        self.scale = args.residual_scale
 
     def forward(self, x: Tensor, input_pos: Tensor, mask: Mask | None, prefill: bool) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), input_pos, mask, prefill)
-        return h + self.feed_forward(self.ffn_norm(h), prefill)
+        y = self.attention(self.attention_norm(x), input_pos, mask, prefill)
+        x = torch.add(x, self.attention_post_norm(y), alpha=self.scale)
+        y = self.feed_forward(self.ffn_norm(x), prefill)
+        return torch.add(x, self.ffn_post_norm(y), alpha=self.scale)
 
 
 class Transformer(nn.Module):
@@ -273,11 +332,14 @@ class Transformer(nn.Module):
 
     def setup_caches(self, batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV cache of every layer and the tables of rotations."""
-        tables = [rotations(kind, max_seq_length + 1).to(self.device) for kind in self.args.kinds]
+        length = max_seq_length + 1
+        tables = [rotations(kind, length).to(self.device) for kind in self.args.kinds]
+        scales = [query_scales(kind, length, self.device) for kind in self.args.kinds]
         for layer, kind in zip(self.layers, self.args.layers, strict=True):
             attention = layer.attention
             attention.kv_cache = None  # the old one goes first
             attention.freqs_cis = tables[kind]
+            attention.query_scales = scales[kind]
             shape = (batch_size, attention.kind, max_seq_length)
             attention.kv_cache = KVCache(*shape, like=self.norm.weight)
         self.max_seq_length = max_seq_length
@@ -287,6 +349,11 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear) and module.tiles is None:
                 module.pack_weights()
+
+    def embed(self, idx: Tensor) -> Tensor:
+        """Embeddings, scaled where the family says so by a number of their dtype, as trained."""
+        x, scale = self.tok_embeddings(idx), self.args.embed_scale
+        return x if scale == 1 else x * torch.full((), scale, dtype=x.dtype, device=x.device)
 
     def forward(
         self,
@@ -305,7 +372,7 @@ class Transformer(nn.Module):
         can serve all.
         """
         prefill = last is not None
-        x = self.tok_embeddings(idx)  # [B, T] -> [B, T, dim]
+        x = self.embed(idx)  # [B, T] -> [B, T, dim]
         masks: dict[int, Mask | None] = {}
         for layer, kind in zip(self.layers, self.args.layers, strict=True):
             if kind not in masks:
@@ -314,7 +381,13 @@ class Transformer(nn.Module):
         if prefill:
             x = x.take_along_dim(last.unsqueeze(-1), 1)
         hidden = self.norm(x)
-        return Output(self.output(hidden, prefill), hidden)
+        return Output(self.shape_logits(self.output(hidden, prefill)), hidden)
+
+    def shape_logits(self, logits: Tensor) -> Tensor:
+        """Logits scaled and softly capped, where the family says so."""
+        scale, cap = self.args.logit_scale, self.args.logit_cap
+        logits = logits if scale == 1 else logits * scale
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def kv_steps(self, length: int) -> int:
         """The number of cache positions to look at when the first `length` are filled.

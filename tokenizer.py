@@ -85,6 +85,7 @@ class Tokenizer:
         self.means |= {name: [i] for name, i in names}
         self.bos_id, self.eos_ids = (bos_id if bos_id >= 0 else None), {eos_id}
         self.renderer = Renderer()
+        self.template_args: dict = {}  # what the chat template is told beside the messages
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -137,9 +138,17 @@ class Tokenizer:
             names = any_of(self.special if role == "assistant" else self.controls)
             return re.sub(f"(?={names}).", rf"\g<0>{MARK}", clean(content), flags=re.DOTALL)
 
+        def guard_all(value):
+            if isinstance(value, dict):
+                return {guard_all(key): guard_all(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [guard_all(item) for item in value]
+            return guard("user", value) if isinstance(value, str) else value
+
         messages = [m | {"content": guard(m["role"], m["content"])} for m in messages]
         template = self.chat_template or "{{ raise_exception('missing') }}"
         variables = {"messages": messages, "add_generation_prompt": True} | self.names
+        variables = guard_all(self.template_args) | variables
         try:
             text = self.renderer.render(template, variables)
         except (ValueError, OSError) as error:

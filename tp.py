@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from checkpoint import find_device
 from cli import UserError, number
 from linear import Int8ActivationLinear, Linear
-from model import ModelArgs, Transformer
+from model import AllHeadsNorm, ModelArgs, Transformer
 
 ops = torch.ops._c10d_functional  # unlike dist.all_reduce, torch.compile sees through them
 
-BY_ROWS = ("wq", "wk", "wv", "wqkv", "w1", "w3", "output")
+BY_ROWS = ("wq", "wk", "wv", "wqkv", "w1", "w3", "output", "q", "k")  # q, k: of a FlatNorm
 BY_COLUMNS = ("wo", "w2")
 BEAT, SILENCE = 2, 20  # seconds between signs of life, and without one until a rank counts as dead
 FOREVER = datetime.timedelta(days=20)  # in which a user types a line
@@ -248,6 +248,8 @@ class Shard:
             linear.register_forward_hook(lambda _module, _x, y: self.reduce(y, "sum"))
             if isinstance(linear, Int8ActivationLinear):
                 linear.peak.register_forward_hook(lambda _module, _x, y: self.reduce(y, "max"))
+        for norm in norms_of_all_heads(model):
+            norm.mean.register_forward_hook(lambda _m, _x, y: self.reduce(y, "sum") / self.world)
         model.output.register_forward_hook(lambda _module, _x, y: self.gather(y, size))
 
     def reduce(self, x: Tensor, operation: str) -> Tensor:
@@ -268,6 +270,10 @@ class Shard:
             calls.append((self.reduce, like.new_zeros(rows, 1, linear.out_features), "sum"))
             if isinstance(linear, Int8ActivationLinear):
                 calls.append((self.reduce, torch.zeros(rows, 1, device=self.device), "max"))
+        calls += [
+            (self.reduce, torch.zeros(rows, 1, 1, device=self.device), "sum")
+            for _ in norms_of_all_heads(model)
+        ]
         for step in range(11):
             if step == 1:  # the first is to warm up
                 began = time.perf_counter()
@@ -278,6 +284,11 @@ class Shard:
             "communication_bytes_per_token": sum(x.nbytes for _, x, _ in calls),
             "communication_ms_per_token": (time.perf_counter() - began) * 100,
         }
+
+
+def norms_of_all_heads(model: Transformer) -> list[AllHeadsNorm]:
+    """The norms whose mean is taken over the ranks."""
+    return [module for module in model.modules() if isinstance(module, AllHeadsNorm)]
 
 
 def by_columns(model: Transformer) -> list[Linear]:

@@ -37,7 +37,7 @@ from cli import Parser, UserError, add_checkpoint_flags, number, output_file, re
 from engine import Engine, generate, load_model, synchronize
 from families import preset_names
 from linear import Linear
-from model import Transformer
+from model import LayerKind, ModelArgs, Transformer
 from quantize import GROUP_SIZES
 from scripts.candidates import (
     GGUF_TYPES,
@@ -415,6 +415,15 @@ def find_cases(args: Namespace) -> list[Case]:
     return cases
 
 
+def plain_shape(shape: ModelArgs) -> ModelArgs:
+    """A llama of the same sizes, without anything that a peer would not be told."""
+    kind = shape.kinds[0]
+    heads = LayerKind(kind.n_head, kind.n_local_heads, kind.head_dim, rope=kind.rope)
+    sizes = (shape.dim, shape.n_layer, shape.vocab_size, shape.block_size, shape.intermediate_size)
+    kinds = dict(kinds=(heads,), layers=(0,) * shape.n_layer)
+    return ModelArgs(*sizes, **kinds, norm_eps=shape.norm_eps, tied=shape.tied)
+
+
 def check_peers(cases: list[Case], args: Namespace) -> None:
     """Raise a `UserError` if a peer is not installed or cannot run the model."""
     for peer in args.peers:
@@ -422,7 +431,7 @@ def check_peers(cases: list[Case], args: Namespace) -> None:
         if importlib.util.find_spec(module) is None:
             raise UserError(f"--peers {peer} needs a package; install it by: pip install {package}")
     shape = cases[0].args
-    special = shape.biases or shape.qk_norm or len(shape.kinds) > 1
+    special = shape != plain_shape(shape)
     if args.peers and (special or cases[0].scheme == "as stored"):
         raise UserError("peers run Llama shapes that are not quantized; leave --peers out")
     odd = {linear.in_features % 32 for linear in linears(skeleton(cases[0])).values()} - {0}

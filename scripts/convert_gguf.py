@@ -35,7 +35,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, replacing, run
-from families import AGAIN, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, Keys, from_config
+from families import from_config
+from keys import AGAIN, Keys
+from kinds import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 from scripts.convert_hf_checkpoint import (
     Target,
     add_target_flags,
@@ -189,7 +191,12 @@ def rope_scaling(meta: Metadata, reader: GGUFReader, rope_theta: float) -> dict 
     rope = f"{meta.text('general.architecture')}.rope"
     factor = meta.number(f"{rope}.scaling.factor", meta.number(f"{rope}.scale_linear", 1.0))
     kind = meta.text(f"{rope}.scaling.type", "linear")
-    return None if kind == "none" or factor == 1 else {"rope_type": kind, "factor": factor}
+    if kind == "none" or factor == 1:
+        return None
+    if kind != "linear":  # a GGUF file says less of the others than a published configuration
+        key = f"{rope}.scaling.type"
+        raise meta.refusal(key, "which is not supported (known: linear)", "use another model")
+    return {"rope_type": kind, "factor": factor}
 
 
 def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict:

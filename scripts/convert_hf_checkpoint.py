@@ -5,7 +5,10 @@ With `--mode int4` or another, the quantized file is made at once, as quantize.p
 Three things change: the names become Meta's, the matrices of q, k and v become one, and the rows of
 q and k go into Meta's rotary order. Hugging Face turns dimension i of a head together with
 dimension i + head_dim/2 (`rotate_half`), Meta turns neighbours: row 2i here is row i there, and row
-2i + 1 is row i + head_dim/2.
+2i + 1 is row i + head_dim/2. Rows that do not rotate stay where they are.
+
+families.py says where a family differs: in names, in the order of heads, in norms stored as w for
+1 + w. Rows published as one tensor are split, and what is not of the text model is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import StateFile, check_finite
 from cli import Parser, UserError, read_json, replacing, run
-from families import Keys, from_config
+from families import find_family, from_config
+from keys import Keys
 from model import LayerKind, ModelArgs, Transformer
 from quantize import (
     GROUP_SIZES,
@@ -48,7 +54,8 @@ ROUNDED_AT_ONCE = 2**20  # values: what rounding takes beside the tensor itself
 # ------------------------------------------------------------------------------------------------
 # Where every tensor goes
 
-# What Hugging Face calls each tensor; `layer` stands before the names that every layer has.
+# What Hugging Face calls each tensor; `layer` stands before the names that every layer has. Other
+# names, and those of norms that Llama lacks, are in families.py.
 HF_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -66,6 +73,8 @@ HF_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+# What a checkpoint may hold beside the text model: a vision tower, layers that draft.
+BESIDE = re.compile(r"(model\.)?(vision_tower|vision_encoder|multi_modal_projector|mtp)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,46 +84,72 @@ class Part:
     name: str
     shape: tuple[int, ...]
     start: int = 0
-    halves: int = 0  # of so many rows each its heads consist, to be interleaved
+    halves: int = 0  # of so many rows each the rotated part of a head consists, to be interleaved
+    head_dim: int = 0
+    fixed: int = 0  # rows at the end that are no heads to be interleaved
+    offset: float = 0.0  # to be added, in float32
+
+    def arrange(self, tensor: Tensor) -> Tensor:
+        """The published tensor as the network wants it."""
+        if self.halves:
+            rows = torch.arange(len(tensor))
+            heads = rows[: len(rows) - self.fixed].unflatten(0, (-1, self.head_dim))  # [H, D]
+            rotated = heads[:, : 2 * self.halves]
+            rotated.copy_(rotated.unflatten(1, (2, -1)).transpose(1, 2).flatten(1))  # in place
+            tensor = tensor[rows]
+        return tensor.float() + self.offset if self.offset else tensor
 
 
 def layer_parts(args: ModelArgs, kind: LayerKind, interleave: bool) -> dict[str, Part]:
     """The weights of a layer of this kind, by the keys of `HF_NAMES`."""
     dim, ffn = args.dim, args.intermediate_size
     q, kv = kind.n_head * kind.head_dim, kind.n_local_heads * kind.head_dim
-    halves = kind.head_dim // 2 if interleave else 0
+    order = (sum(map(bool, kind.rope)) if interleave else 0, kind.head_dim)
     table = {
-        "wq": Part("attention.wqkv", (q, dim), 0, halves),
-        "wk": Part("attention.wqkv", (kv, dim), q, halves),
+        "wq": Part("attention.wqkv", (q, dim), 0, *order),
+        "wk": Part("attention.wqkv", (kv, dim), q, *order),
         "wv": Part("attention.wqkv", (kv, dim), q + kv),
+        "wqkv": Part("attention.wqkv", (q + 2 * kv, dim), 0, *order, fixed=kv),
         "wo": Part("attention.wo", (dim, q)),
         "w1": Part("feed_forward.w1", (ffn, dim)),
         "w2": Part("feed_forward.w2", (dim, ffn)),
         "w3": Part("feed_forward.w3", (ffn, dim)),
-        "attention_norm": Part("attention_norm", (dim,)),
-        "ffn_norm": Part("ffn_norm", (dim,)),
     }
-    if args.qk_norm:
+    norms = {"pre": ("norm",), "post": ("post_norm",), "both": ("norm", "post_norm")}[args.norms]
+    for name in (f"{layer}_{norm}" for layer in ("attention", "ffn") for norm in norms):
+        table[name] = Part(name, (dim,))
+    if args.qk_norm == "head":
         for name in ("q_norm", "k_norm"):
-            table[name] = Part(f"attention.{name}", (kind.head_dim,), 0, halves)
+            table[name] = Part(f"attention.{name}", (kind.head_dim,), 0, *order)
+    if args.qk_norm == "flat":
+        table["q_norm"] = Part("attention.flat_norm.q", (q,), 0, *order)
+        table["k_norm"] = Part("attention.flat_norm.k", (kv,), 0, *order)
     return table
 
 
-def parts(args: ModelArgs, names: dict[str, str], interleave: bool = True) -> dict[str, Part]:
+def parts(
+    args: ModelArgs, names: dict[str, str], interleave: bool = True, norm_offset: float = 0.0
+) -> dict[str, Part]:
     """Every tensor that a checkpoint with these `names` must hold, and where it goes.
 
-    `interleave` says that the heads of q and k lie in Hugging Face's order.
+    `interleave` says that the heads of q and k lie in Hugging Face's order, `norm_offset` what the
+    weights of norms are stored without.
     """
     table = {
         names["tok_embeddings"]: Part("tok_embeddings", (args.vocab_size, args.dim)),
-        names["norm"]: Part("norm", (args.dim,)),
+        names["norm"]: Part("norm", (args.dim,), offset=norm_offset),
     }
     if not args.tied:
         table[names["output"]] = Part("output", (args.vocab_size, args.dim))
+    absent = ("wq", "wk", "wv") if "wqkv" in names else ("wqkv",)
     for i, kind in enumerate(args.layers):
         for key, part in layer_parts(args, args.kinds[kind], interleave).items():
+            if key in absent:
+                continue
             source = names["layer"].format(i) + names[key]
-            table[source] = dataclasses.replace(part, name=f"layers.{i}.{part.name}")
+            offset = norm_offset if key.endswith("norm") else 0.0
+            name = f"layers.{i}.{part.name}"
+            table[source] = dataclasses.replace(part, name=name, offset=offset)
     result = {}
     for source, part in table.items():
         result[f"{source}.weight"] = dataclasses.replace(part, name=f"{part.name}.weight")
@@ -213,8 +248,7 @@ def write_state(
                 raise UserError(
                     f"{file}: {name} is {tensor.dtype}, no plain floats; fetch the files again"
                 )
-            if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...] -> [H*D, ...]
-                tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2).flatten(0, 2)
+            tensor = part.arrange(tensor)
             start, options = part.start, (schemes, target.groupsize)
             for rows in tensor.split(max(1, ROUNDED_AT_ONCE // tensor[0].numel())):
                 rows, where = rows.to(target.dtype), slice(start, start + len(rows))
@@ -260,17 +294,44 @@ def find_shards(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no *.safetensors and no pytorch_model*.bin; download it again")
 
 
+def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Callable]:
+    """Shapes and tensors by the names that the text model has in a checkpoint of its own.
+
+    Checkpoints with a vision tower put it into `language_model`. Phi and GLM publish gate and up as
+    one tensor, here its two halves.
+    """
+    found: dict[str, tuple] = {}
+    sources: dict[str, Callable[[], Tensor]] = {}
+    for source, shape in shapes.items():
+        name = re.sub(r"^model\.language_model\.", "model.", source)
+        name = name.removeprefix("language_model.")
+        found[name], sources[name] = tuple(shape), functools.partial(get_tensor, source)
+    for name in [name for name in found if ".gate_up_proj." in name]:
+        if not found[name] or found[name][0] % 2:
+            continue  # no two halves
+        (rows, *columns), whole = found.pop(name), sources.pop(name)
+        for i, half in enumerate(("gate_proj", "up_proj")):
+            part = name.replace("gate_up_proj", half)
+            found[part] = (rows // 2, *columns)
+            sources[part] = lambda whole=whole, i=i: whole().chunk(2)[i]
+    return found, lambda name: sources[name]()
+
+
 @contextlib.contextmanager
 def open_shard(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Tensor]]]:
-    """Map a file; yield the shapes in it by name, and a function from a name to its tensor."""
+    """Map a file; yield the shapes in it by name, and a function from a name to its tensor.
+
+    The names are those of a checkpoint of the text model alone, and gate and up are two tensors.
+    """
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as shard:
                 shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}
-                yield {name: tuple(shape) for name, shape in shapes.items()}, shard.get_tensor
+                yield text_model(shapes, shard.get_tensor)
         else:
             shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            yield {str(name): tuple(t.shape) for name, t in shard.items()}, shard.__getitem__
+            shapes = {str(name): tensor.shape for name, tensor in shard.items()}
+            yield text_model(shapes, shard.__getitem__)
     except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{file} is not whole ({reason}); download it again") from None
@@ -290,6 +351,40 @@ def read_tensors(shards: list[Path], wanted: dict[str, Part]) -> Iterator[tuple[
                 tensor = get_tensor(name)
             yield file, name, tensor
             del tensor
+
+
+def equal_tensors(shards: list[Path], names: tuple[str, str]) -> bool:
+    """Whether the files hold the same values under both names."""
+    first, second = (tensor for _, _, tensor in read_tensors(shards, dict.fromkeys(names)))
+    return torch.equal(first, second)
+
+
+def text_tensors(
+    args: ModelArgs, shards: list[Path], found: dict[str, tuple], names: dict[str, str]
+) -> tuple[ModelArgs, dict[str, tuple]]:
+    """The shapes of the text model among those `found`, and its args by what the files hold.
+
+    Old checkpoints carry the rotary table, and some tied ones the embedding twice. An output matrix
+    with other values is one of its own, whatever the configuration says.
+    """
+    unused = {name for name in found if BESIDE.match(name) or name.endswith("rotary_emb.inv_freq")}
+    used = {name: found[name] for name in found if name not in unused}
+    pair = (f"{names['tok_embeddings']}.weight", f"{names['output']}.weight")
+    if args.tied and used.keys() >= {*pair}:
+        if equal_tensors(shards, pair):
+            del used[pair[1]]
+        else:
+            args = dataclasses.replace(args, tied=False)
+    return args, used
+
+
+def notices(args: ModelArgs, config: Keys, found: dict[str, tuple]) -> Iterator[str]:
+    """What the user may miss in the converted model."""
+    length, beside = config.count("max_position_embeddings"), [*filter(BESIDE.match, found)]
+    if beside:
+        yield f"{len(beside)} tensors that are not of the text model are left out"
+    if args.block_size < length:
+        yield f"the context is {args.block_size} positions, not {length}: longrope ends there"
 
 
 def dequantized(
@@ -331,21 +426,21 @@ def convert(
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; make one with scripts/download.py")
     config = read_json(folder / "config.json")
-    args, block = from_config(config), find_block(Keys(config))
-    table = parts(args, HF_NAMES)
+    args, (keys, family) = from_config(config), find_family(config)
+    names, block = HF_NAMES | family.names, find_block(Keys(config))
     shards = find_shards(folder)
     found, files = {}, {}
     for file in shards:
         with open_shard(file) as (shapes, _):
             found |= shapes
             files |= dict.fromkeys(shapes, file)
-    # Old checkpoints carry the rotary table, and some tied ones the embedding twice.
-    found = {name: found[name] for name in found if not name.endswith("rotary_emb.inv_freq")}
-    if args.tied:
-        found.pop("lm_head.weight", None)
+    args, used = text_tensors(args, shards, found, names)
+    table = parts(args, names, not family.interleaved, family.norm_offset)
     shapes = {name: part.shape for name, part in table.items()}
-    scaled = take_scales(folder, found, shapes, block) if block else []
-    check_tensors(folder, found, table)
+    scaled = take_scales(folder, used, shapes, block) if block else []
+    check_tensors(folder, used, table)
+    for notice in notices(args, keys, found):
+        print(f"[{notice}]", file=sys.stderr)
     tensors = read_tensors(shards, table)
     if scaled:
         scales = {name: files[f"{name}_scale_inv"] for name in scaled}

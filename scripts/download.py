@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, read_json, run
-from families import FAMILIES
+from families import FAMILIES, WRAPPERS
 
 SMALL_FILES = {
     "config.json",
@@ -139,8 +139,9 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
         source = {"repo_id": repo_id, "revision": info.sha, "local_dir": folder, "token": token}
         config = read_json(Path(hf_hub_download(filename="config.json", **source)))
         family = config.get("model_type", "llama")
-        if family not in [*FAMILIES]:  # known before many gigabytes are fetched in vain
-            raise UserError(f"{page} is a {family} model; use one of {', '.join(FAMILIES)}")
+        known = [*FAMILIES, *WRAPPERS]
+        if family not in known:  # known before many gigabytes are fetched in vain
+            raise UserError(f"{page} is a {family} model; use one of {', '.join(known)}")
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
         check_space(folder, {name: sizes[name] for name in wanted})
         snapshot_download(allow_patterns=sorted(wanted), **source)

@@ -15,7 +15,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import UserError
-from families import MAX_SIZE, Keys
+from keys import MAX_SIZE, Keys
 
 
 def find_block(config: Keys) -> tuple[int, int] | None:

@@ -354,6 +354,28 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_written(mistake, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+GATE_UP = "model.layers.1.mlp.gate_up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda s: s.update({GATE_UP: torch.ones(191, 64)}), "lacks model.layers.1.mlp.gate_proj"),
+        (lambda s: s.update({GATE_UP: torch.ones(190, 64)}), r"gate_proj.weight is \[95, 64\]"),
+        (lambda s: s.pop("model.layers.0.self_attn.qkv_proj.weight"), "lacks .*qkv_proj"),
+        (lambda s: s.pop("model.embed_tokens.weight"), "lacks model.embed_tokens.weight"),
+    ],
+)
+def test_fused_and_tied_tensors_that_do_not_fit_are_named(change, named, tmp_path):
+    shape = {key: SHAPE[key] for key in SHAPE if key != "head_dim"}
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0))
+    folder = publish(model, tmp_path / "model")
+    edit_config(folder, tie_word_embeddings=True)
+    edit_tensors(folder, change)
+    with pytest.raises(UserError, match=named):
+        convert_hf_checkpoint.convert(folder)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     folder = publish(random_hf(), tmp_path / "model")
     (folder / "model.pth").write_bytes(b"old")

@@ -10,7 +10,7 @@ import torch
 from cli import UserError
 from conftest import CONFIG, write_checkpoint
 from engine import load_model
-from families import FAMILIES, from_config, preset, preset_names, read_config
+from families import from_config, preset, preset_names, read_config
 from model import Transformer
 
 LLAMA3 = dict(
@@ -67,14 +67,37 @@ def test_old_and_new_spelling_of_rope_scaling_are_the_same():
     assert new == old != frequencies({"rope_scaling": LLAMA3})
 
 
-def test_a_sliding_window_bounds_the_context():
-    mistral = CONFIG | {"model_type": "mistral", "sliding_window": 100}
-    assert from_config(mistral).block_size == 100
-    assert from_config(mistral | {"sliding_window": None}).block_size == 512
-    assert from_config(mistral | {"sliding_window": 9999}).block_size == 512
-    qwen = CONFIG | {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": False}
-    assert from_config(qwen).block_size == 512
-    assert from_config(qwen | {"use_sliding_window": True}).block_size == 100
+def windows(config: dict) -> list[int]:
+    args = from_config(CONFIG | {"num_hidden_layers": 4} | config)
+    return [args.kinds[kind].window for kind in args.layers]
+
+
+def test_each_layer_has_the_window_that_its_family_gives_it():
+    mistral = {"model_type": "mistral", "sliding_window": 100}
+    assert windows(mistral) == [100] * 4
+    assert windows(mistral | {"sliding_window": None}) == [0] * 4
+    assert windows(mistral | {"sliding_window": 512}) == [0] * 4  # as long as the context
+    assert windows({"sliding_window": 100, "use_sliding_window": True}) == [0] * 4  # a llama
+    qwen = {"model_type": "qwen2", "sliding_window": 100, "max_window_layers": 3}
+    assert windows(qwen) == [0] * 4
+    assert windows(qwen | {"use_sliding_window": True}) == [0, 0, 0, 100]
+    types = ["sliding_attention", "full_attention"] * 2
+    olmo = {"model_type": "olmo3", "sliding_window": 100}
+    assert windows(olmo) == [100, 100, 100, 0]
+    assert windows(olmo | {"layer_types": types}) == [100, 0, 100, 0]
+
+
+def test_a_window_leaves_the_context_as_long_as_it_is():
+    args = from_config(CONFIG | {"model_type": "mistral", "sliding_window": 100})
+    assert args.block_size == 512 and preset("mistral-7b-v0.1").block_size == 32768
+
+
+def test_yarn_extends_the_context_and_longrope_is_cut_to_its_original_part():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert from_config(CONFIG | {"rope_scaling": yarn}).block_size == 2048
+    longrope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    phi = CONFIG | {"model_type": "phi3", "rope_scaling": longrope}
+    assert from_config(phi | {"original_max_position_embeddings": 128}).block_size == 128
 
 
 def test_what_a_file_leaves_out_has_the_published_default():
@@ -87,13 +110,29 @@ def test_what_a_file_leaves_out_has_the_published_default():
     assert from_config(CONFIG | nulls) == from_config(CONFIG)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_biases_and_norms_are_those_of_the_family(family):
-    args = from_config(CONFIG | {"model_type": family})
-    assert args.biases == (("wqkv",) if family == "qwen2" else ())
-    assert args.qk_norm == ("head" if family == "qwen3" else "")
-    biases = from_config(CONFIG | {"attention_bias": True, "mlp_bias": True}).biases
-    assert biases == ("wqkv", "wo", "w1", "w2", "w3")
+def test_biases_are_those_of_the_family_and_its_flags():
+    def biases(family: str, **flags: bool) -> tuple[str, ...]:
+        return from_config(CONFIG | {"model_type": family, "head_dim": 8} | flags).biases
+
+    everywhere = ("wqkv", "wo", "w1", "w2", "w3")
+    assert biases("llama") == biases("ernie4_5") == biases("glm4", attention_bias=False) == ()
+    assert biases("llama", attention_bias=True, mlp_bias=True) == everywhere
+    assert biases("ernie4_5", use_bias=True) == everywhere
+    assert biases("qwen2") == biases("glm4") == biases("seed_oss") == ("wqkv",)
+    assert biases("seed_oss", attention_out_bias=True, attention_bias=False) == ("wo",)
+
+
+def test_a_gemma_that_says_little_has_the_published_sizes():
+    """As Gemma 3 4B is published: a wrapper whose text_config leaves out what is the default."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text |= {"sliding_window": 1024, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    args = from_config({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    near, far = args.kinds
+    assert (near.n_head, near.n_local_heads, near.head_dim, near.window) == (8, 4, 256, 1024)
+    assert near.rope[1] == pytest.approx(1e4 ** (-1 / 128)) and far.window == 0
+    assert far.rope[1] == pytest.approx(1e6 ** (-1 / 128) / 8) and near.scale == 1 / 16
+    assert args.layers == ((0,) * 5 + (1,)) * 5 + (0,) * 4 and args.vocab_size == 262208
+    assert args.tied and args.act == "gelu_tanh" and args.block_size == 131072
 
 
 # ------------------------------------------------------------------------------------------------
@@ -103,10 +142,30 @@ def test_biases_and_norms_are_those_of_the_family(family):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"model_type": "gemma3"}, "model_type is 'gemma3', which is not supported"),
+        ({"model_type": "gemma2"}, "model_type is 'gemma2', which is not supported"),
         ({"model_type": ["llama"]}, r"model_type is \['llama'\], which is not supported"),
         ({"model_type": None}, "lacks model_type"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8},
+            "num_local_experts is 8, of a 'mixtral' model with a mixture of experts, which is not",
+        ),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping is 50.0, .* a cap on attention scores, which is not",
+        ),
+        (
+            {"model_type": "qwen3_5", "text_config": {"linear_num_value_heads": 8}},
+            "text_config.linear_num_value_heads is 8, of a 'qwen3_5' model with linear attention",
+        ),
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "mistral4"}},
+            "text_config.model_type is 'mistral4', which is not supported",
+        ),
+        (
+            {"model_type": "olmo3", "layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types is .*chunked_attention.*, not a list of 2 layers with full_attention or",
+        ),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "rope_type is 'proportional'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.type is 'dynamic'"),
         ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope_type is \['linear'\]"),
         ({"rope_scaling": {"rope_type": {"a": 1}}}, "rope_type is {'a': 1}"),
@@ -162,7 +221,7 @@ def test_what_is_no_positive_number_is_refused(key, value):
 @pytest.mark.parametrize("value", ["yes", 1, []], ids=repr)
 def test_what_is_no_flag_is_refused(key, value):
     with pytest.raises(UserError, match=f"{key} is .*, not true or false"):
-        from_config(CONFIG | {key: value})
+        from_config(CONFIG | {"model_type": "qwen3", key: value})
 
 
 @pytest.mark.parametrize(
@@ -182,6 +241,17 @@ def test_what_is_no_flag_is_refused(key, value):
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', not an object"),
         ({"rope_scaling": [1]}, r"rope_scaling is \[1\], not an object"),
         ({"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
+        ({"rope_scaling": {"type": "longrope"}}, "lacks rope_scaling.short_factor"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 0, 1, 1]}},
+            "rope_scaling.short_factor is .*, not a list of 4 positive numbers",
+        ),
+        (
+            {"model_type": "phi3", "partial_rotary_factor": 0.4},
+            "partial_rotary_factor is 0.4, so 3 of 8 dimensions turn",
+        ),
+        ({"model_type": "ministral3"}, "lacks rope_parameters.llama_4_scaling_beta"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers is .1., not a list of"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks .*low_freq_factor"),
     ],
 )
@@ -256,6 +326,8 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path):
         ("smollm2-1.7b", 1711.4),
         ("stories15m", 15.2),
         ("stories260k", 0.26),
+        ("gemma-3-4b", 3880.1),
+        ("phi-4-mini", 3836.0),
     ],
 )
 def test_presets_have_the_published_size(name, parameters):
@@ -267,9 +339,9 @@ def test_presets_have_the_published_size(name, parameters):
 
 
 def test_every_preset_can_be_read():
-    assert len(preset_names()) == 26
+    assert len(preset_names()) == 28
     contexts = {name: preset(name).block_size for name in preset_names()}
-    assert contexts["mistral-7b-v0.1"] == 4096 and contexts["mistral-7b"] == 32768
+    assert contexts["mistral-7b-v0.1"] == contexts["mistral-7b"] == 32768
     assert contexts["llama-3.1-8b"] == 131072 and contexts["stories260k"] == 512
 
 

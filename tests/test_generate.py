@@ -449,6 +449,23 @@ def test_a_prompt_is_printed_with_its_continuation(run_cli, tmp_path):
     assert "tokens/s" in err and "peak memory" in err
 
 
+def test_the_chat_template_is_told_what_template_args_say(monkeypatch, capsys, tmp_path):
+    path = write_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] += "{% if short %}{% else %}<think>{% endif %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    flags = ["--checkpoint_path", path, "--device", "cpu", "--precision", "float32", "--chat"]
+    flags += ["--max_new_tokens", 1, "--json", tmp_path / "figures.json"]
+    lengths = []
+    for told in ("{}", '{"short": true}'):
+        code, _, err = command(monkeypatch, capsys, *flags, "--template_args", told)
+        assert code == 0, err
+        lengths += json.loads((tmp_path / "figures.json").read_text())["samples"][0][
+            "prompt_tokens"
+        ]
+    assert lengths[0] == lengths[1] + len("<think>")
+
+
 def test_prompt_from_standard_input_and_of_random_tokens(run_cli):
     flags = ("--temperature", "0", "--max_new_tokens", "5")
     typed, piped = (
@@ -540,6 +557,9 @@ def test_no_chat_conversation_continues_the_text(run_cli, tmp_path):
         (["--no_such_flag"], "no_such_flag"),
         (["--checkpoint_path", "x" * 300], "File name too long"),
         (["--chat", "--prompt", "5"], "drop --chat"),
+        (["--template_args", '{"a": 1}'], "--template_args is for chats; add --chat"),
+        (["--chat", "--template_args", "[1]"], "'[1]' is no JSON object"),
+        (["--chat", "--template_args", "{a: 1}"], "'{a: 1}' is no JSON object"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run_cli, flags, named):

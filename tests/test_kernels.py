@@ -339,6 +339,37 @@ def test_the_kernel_of_a_whole_model_is_as_exact_as_its_modules(family, monkeypa
     assert max(errors) < 0.05 * expected.norm() and max(errors[1:]) < 1.2 * errors[0], errors
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+NEAR = SHAPE | {"sliding_window": 7, "use_sliding_window": True}
+OTHERS = {  # what the kernel of a whole model takes of other families, and what it does not
+    "smollm3": (NEAR | {"no_rope_layers": [1, 0], "rope_scaling": YARN}, True),
+    "phi3": (NEAR | {"partial_rotary_factor": 0.5}, True),
+    "ministral3": (NEAR | {"rope_scaling": YARN | {"llama_4_scaling_beta": 0.5}}, False),
+    "olmo3": (NEAR | {"layer_types": ["sliding_attention", "full_attention"]}, False),
+    "gemma3_text": (NEAR | {"head_dim": 32, "final_logit_softcapping": 5.0}, False),
+    "granite": (SHAPE | {"residual_multiplier": 0.5, "logits_scaling": 2.0}, False),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_run_on_the_same_operators(family, monkeypatch):
+    config, fits = OTHERS[family]
+    config = config | {"model_type": family, "tie_word_embeddings": False}
+    model, ids = quantized_model(config, ["bf16"]), IDS[:2]
+    exact = random_model(config, scale=0.1)
+    exact.load_state_dict(model.state_dict())
+    expected = logits_in_pieces(modules, exact, ids, 40, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "load", lambda: False)
+        plain = (logits_in_pieces(modules, model, ids, 40, True) - expected).norm()
+    model.setup_caches(2, 64)
+    assert (Engine(model).fused is not None) == fits
+    who = fused if fits else modules
+    outcomes = [logits_in_pieces(who, model, ids, size, False) for size in (40, 7, 1)]
+    assert (outcomes[0] - expected).norm() < 1.2 * plain < 0.1 * expected.norm()
+    assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])
+
+
 ODD = SHAPE | {"hidden_size": 100, "num_attention_heads": 5, "num_key_value_heads": 1}
 ODD |= {"intermediate_size": 172}  # heads of 20, no width a multiple of 16: int4 does not fit
 PATHS = [(who, schemes, SHAPE) for who in (fused, modules) for schemes in ([s] for s in SCHEMES)]

@@ -389,6 +389,30 @@ def test_chat_is_that_of_transformers(folders, tmp_path, kind, template):
         assert Tokenizer.from_folder(tmp_path).chat(MESSAGES[:n]) == expected
 
 
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
+    "{% if enable_thinking is defined and enable_thinking is false %}no thoughts{% endif %}"
+    "{{ notes[0].text if notes }}"
+)
+
+
+def test_a_template_is_told_what_the_user_says_as_by_transformers(folders, tmp_path):
+    library = tokenizers.Tokenizer.from_file(str(folders["byte_level"] / "tokenizer.json"))
+    write(tmp_path, "tokenizer.json", library.to_str())
+    write(tmp_path, "tokenizer_config.json", {"chat_template": THINKING})
+    reference = PreTrainedTokenizerFast(tokenizer_object=library, chat_template=THINKING)
+    ours, lengths = Tokenizer.from_folder(tmp_path), set()
+    for told in ({}, {"enable_thinking": True}, {"enable_thinking": False}, {"messages": []}):
+        ours.template_args = told
+        known = {key: value for key, value in told.items() if key != "messages"}
+        options = dict(tokenize=True, return_dict=False, **known)
+        assert ours.chat(MESSAGES[:1]) == reference.apply_chat_template(MESSAGES[:1], **options)
+        lengths.add(len(ours.chat(MESSAGES[:1])))
+    assert len(lengths) == 2
+    ours.template_args = {"notes": [{"text": "<|im_end|>"}]}  # which is text, as in a message
+    assert ours.chat(MESSAGES[:1]).count(ours.controls["<|im_end|>"]) == 1
+
+
 @pytest.mark.parametrize("text", TYPED)
 def test_names_in_a_message_stay_text(tokenizer, text):
     def controls(content):

@@ -41,6 +41,16 @@ RICH = BASE | {
     "mlp_bias": True,
     "tie_word_embeddings": True,
 }
+# Norms over all heads, of which a rank has some; norms after attention and FFN; scales and caps.
+OTHERS = {
+    "olmo": BASE | {"model_type": "olmo3", "sliding_window": 20, "attention_bias": True},
+    "gemma": BASE
+    | {"model_type": "gemma3_text", "sliding_window": 20, "final_logit_softcapping": 2.0}
+    | {"head_dim": 32, "tie_word_embeddings": False},
+    "granite": BASE
+    | {"model_type": "granite", "embedding_multiplier": 3.0}
+    | {"residual_multiplier": 0.5, "logits_scaling": 2.0},
+}
 PAGES = """
 task: tp_pages
 dataset_path: json
@@ -140,6 +150,8 @@ def outcomes(folder) -> list[tuple]:
     mixed = rich["model_hybrid_int8_int4.g32"]  # int8 and int4 in one block
     cases += [(mixed, 3, "block"), (rich["model_int8-activation"], 3, "block")]
     cases += [(rich["model"], 1, "whole")]
+    others = {name: str(write_checkpoint(folder / name, OTHERS[name])) for name in OTHERS}
+    cases += [(path, 3, None) for path in others.values()]
     (folder / "cases.json").write_text(json.dumps(cases))
     done = launch(ROOT / "tests" / "tp_worker.py", folder / "cases.json", folder / "results")
     print(done.stdout)
