@@ -63,12 +63,19 @@ class Reply:
         self.seed = args.seed if seed is None else seed
         self.room = model.max_seq_length + 1 - len(prompt)  # the last token is not fed
         self.tokens: list[Token] = []
-        self.text, self.held, self.ended_by = "", "", ""
+        self.shown: list[str] = []
+        self.held, self.ended_by = "", ""
+        self.begins = {stop[:n] for stop in args.stop for n in range(1, len(stop))}
         self.decoder = StreamDecoder(tokenizer, prompt)
 
     @property
     def ids(self) -> list[int]:
         return [token.id for token in self.tokens]
+
+    @property
+    def text(self) -> str:
+        """All that may be shown so far."""
+        return "".join(self.shown)
 
     def push(self, token: Token) -> str:
         """What a new token adds to the text, less what may be the beginning of a stop text.
@@ -90,12 +97,13 @@ class Reply:
         elif len(self.tokens) == min(self.args.max_new_tokens, self.room):
             full = len(self.tokens) < self.args.max_new_tokens
             self.ended_by = "full cache" if full else "max_new_tokens"
-        return self.show(len(self.held) - unsettled(self.held, self.args.stop))
+        unsettled = [len(begin) for begin in self.begins if self.held.endswith(begin)]
+        return self.show(len(self.held) - max(unsettled, default=0))
 
     def show(self, count: int) -> str:
         """Move the first `count` held characters to the text."""
         shown, self.held = self.held[:count], self.held[count:]
-        self.text += shown
+        self.shown.append(shown)
         return shown
 
     def flush(self) -> str:
@@ -113,12 +121,6 @@ class Reply:
         if not self.shaped():
             return logits
         return shape(logits, ids, len(self.prompt), self.args, self.tokenizer.eos_ids)
-
-
-def unsettled(text: str, stops: list[str]) -> int:
-    """How many of the last characters may be the beginning of a stop text."""
-    begins = {stop[:n] for stop in stops for n in range(1, len(stop))}
-    return max((len(begin) for begin in begins if text.endswith(begin)), default=0)
 
 
 def run_replies(

@@ -124,7 +124,7 @@ def test_memory_is_below_twice_the_largest_tensor(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     largest = max(parameter.nbytes for parameter in model.parameters())
-    bound = 2 * largest + 8e6  # what rounding takes, however large the model is
+    bound = 2 * largest + 11e6  # what rounding takes, however large the model is
     for line in done.stdout.splitlines():
         peak, total = map(int, line.split())
         assert peak < bound < total  # which any code that holds the state dict exceeds

@@ -280,14 +280,14 @@ def test_a_context_comes_from_the_prefill_cache(ask, run_cli):
 # ---- Pipes ---------------------------------------------------------------------------------------
 
 
-def start(checkpoint, *flags) -> subprocess.Popen:
-    command = [*python(), ROOT / "generate.py", "--checkpoint_path", checkpoint, "--jsonl"]
+def start(first: tuple[str, ...], checkpoint, *flags) -> subprocess.Popen:
+    command = [*first, ROOT / "generate.py", "--checkpoint_path", checkpoint, "--jsonl"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen([*command, "--device", "cpu", *flags], **pipes)
 
 
 def test_a_client_may_wait_write_first_read_late_and_end_within_a_line(checkpoint):
-    process = start(checkpoint)
+    process = start(python(), checkpoint)
     request = {"id": 0, "prompt": "ab", "max_new_tokens": 2}
     process.stdin.write(json.dumps(request).encode() + b"\n")
     process.stdin.flush()
@@ -306,7 +306,8 @@ def test_a_client_may_wait_write_first_read_late_and_end_within_a_line(checkpoin
 
 
 def test_a_client_that_dies_ends_the_process_quietly(checkpoint):
-    process = start(checkpoint, "--quiet")
+    # A Python of its own: how it ends while a thread still reads is what may go wrong.
+    process = start((sys.executable,), checkpoint, "--quiet")
     lines = b'{"id": 1, "prompt": "ab", "max_new_tokens": 400}\n' * 9
     process.stdin.write(lines)
     process.stdin.flush()
