@@ -236,6 +236,7 @@ def core_alone(clone, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_everything_else_can_be_left_out(core_alone):
     flags = ["--prompt", "The capital of France is", "--max_new_tokens", "1", "--temperature", "0"]
     done = run_in(core_alone, sys.executable, "generate.py", "--precision", "float32", *flags)
@@ -271,12 +272,14 @@ def test_the_greedy_text_of_the_default_model(clone):
     assert done.stdout == "The capital of France is Paris\n", done.stderr
 
 
+@pytest.mark.slow
 def test_the_python_example_of_the_readme_works(clone):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     done = run_in(clone, sys.executable, "-c", example)
     assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_modules_can_be_installed(clone, tmp_path):
     flags = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
     done = run_in(clone, sys.executable, *flags, ".")
