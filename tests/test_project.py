@@ -23,7 +23,7 @@ FLOORS = [
     {"families"},
     {"engine"},
     {"speculate", "prefill_cache", "tp", "ranges", "gptq"},
-    {"generate", "quantize"},
+    {"generate", "quantize", "compare"},
     {"eval", "scripts", "profiler_scripts"},
 ]
 CORE = ("tokenizer", "linear", "model", "engine")  # from a prompt's text to its next token
