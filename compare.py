@@ -10,7 +10,6 @@ rounds it by 1e-6, and a wrong norm eps costs less.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from argparse import Namespace
 from collections.abc import Iterator
@@ -284,6 +283,6 @@ def report(figures: dict, tokenizer: Tokenizer, texts: list[list[int]]) -> None:
     if place is None:
         print(f"greedy texts are the same, {len(texts[0])} tokens")
     else:
-        mine, other = (json.dumps(tokenizer.decode([text[place]])) for text in texts)
-        print(f"greedy texts part at new token {place}, {mine} and in the reference {other}")
+        mine, other = (tokenizer.decode([text[place]]) for text in texts)
+        print(f"greedy texts part at new token {place}, {mine!r} and in the reference {other!r}")
     print(f"verdict: {figures['verdict']}")

@@ -399,7 +399,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(args: Namespace) -> None:
+def check_flags(args: Namespace) -> None:
+    """Raise a UserError if a flag has nothing to go with."""
     if args.stride and args.tasks:
         raise UserError("--stride goes with --perplexity; leave it out")
     if args.perplexity and (args.limit or args.num_fewshot or args.include_path):
@@ -414,6 +415,10 @@ def main(args: Namespace) -> None:
         raise UserError(f"{given[0]} goes with --against; leave it out")
     if args.against and not args.perplexity:
         raise UserError("--against needs a text; pass --perplexity FILE")
+
+
+def main(args: Namespace) -> None:
+    check_flags(args)
     device, shard = tp.init(args.device)
     path = args.checkpoint_path or tp.in_turn(default_checkpoint)
     model, tokenizer = load(path, device, args.precision, shard)
@@ -426,7 +431,9 @@ def main(args: Namespace) -> None:
     else:
         results = run_tasks(evaluator, args) if args.tasks else perplexity(evaluator, args)
     tp.shutdown(shard)
-    if args.output_path and not (shard and shard.rank):
+    if shard and shard.rank:  # rank 0 writes, and has the exit code: torchrun ends the others
+        return
+    if args.output_path:
         settings = {"model": str(path), "device": str(device), "precision": args.precision}
         settings |= {"max_seq_length": evaluator.max_length, "batch_size": args.batch_size}
         results["config"] = results.get("config", {}) | settings

@@ -162,6 +162,15 @@ def test_the_cost_of_a_scheme_is_that_of_a_plain_computation(hf, run):
     assert 0 < 5 * cost["int8"] < cost["int4"]
 
 
+def test_the_divergence_is_what_coding_by_the_checkpoint_costs_if_the_reference_is_true():
+    """Not the other way round."""
+    checkpoint, reference = (torch.tensor([p]).double().log() for p in ([0.9, 0.1], [0.5, 0.5]))
+    found = compare.measure(checkpoint + 3, reference, torch.tensor([1]))
+    assert found.kl.item() == pytest.approx(math.log(0.5 / 0.9) / 2 + math.log(0.5 / 0.1) / 2)
+    assert found.nats.item() == pytest.approx(-math.log(0.1))
+    assert found.reference_nats.item() == pytest.approx(-math.log(0.5))
+
+
 def test_the_precision_of_the_reference_is_a_flag(hf, run):
     path = hf / "model.pth"
     figures, _, _ = run(path, path, "--precision", "bfloat16", "--against_precision", "float32")
