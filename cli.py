@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+PRECISIONS = ("bfloat16", "float16", "float32")
+
 
 class UserError(Exception):
     """A mistake in the input; its text is one sentence: what is wrong, where, and what to do."""
@@ -87,8 +89,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of every script that runs a model."""
     add_checkpoint_flags(parser)
-    precisions = ["bfloat16", "float16", "float32"]
-    parser.add_argument("--precision", default="bfloat16", choices=precisions)
+    parser.add_argument("--precision", default="bfloat16", choices=PRECISIONS)
     parser.add_argument("--max_seq_length", type=number(int, 2), help="positions in the KV cache")
 
 

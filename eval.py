@@ -1,7 +1,8 @@
-"""Measures a checkpoint: on lm-eval's tasks, or as the perplexity of a text file.
+"""Measures a checkpoint: on lm-eval's tasks, by the perplexity of a text, or against another one.
 
     python eval.py --tasks hellaswag winogrande --limit 100
     python eval.py --perplexity book.txt
+    python eval.py --perplexity book.txt --checkpoint_path model_int8.pth --against model.pth
 
 A task asks for the log probability of a continuation after a context (four endings of one story,
 say), for that of a whole page, or for new text. Scores agree with those of lm-eval's own adapter
@@ -16,6 +17,7 @@ import collections
 import itertools
 import json
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import compare
 import tp
-from checkpoint import default_checkpoint
-from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
+from checkpoint import default_checkpoint, find_device
+from cli import PRECISIONS, Parser, UserError, add_model_flags, number, output_file, replacing, run
 from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, allocate_cache, generate, load
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
@@ -285,7 +288,7 @@ class Evaluator(TemplateLM):
 
 
 # ------------------------------------------------------------------------------------------------
-# The two measurements
+# The measurements
 
 
 def run_tasks(evaluator: Evaluator, args: Namespace) -> dict:
@@ -312,11 +315,11 @@ def run_tasks(evaluator: Evaluator, args: Namespace) -> dict:
     return results
 
 
-def perplexity(evaluator: Evaluator, args: Namespace) -> dict:
-    """Print the perplexity of a text file; returns the figures.
+def read_passes(evaluator: Evaluator, args: Namespace) -> tuple[str, list[Pair], dict]:
+    """The text of --perplexity, the passes over it, and how they were cut.
 
-    It is exp of the mean negative log probability of the file's tokens. Each is scored once, after
-    at least window - stride tokens before it (or all, if there are fewer), and the first after BOS.
+    Each token is scored once, after at least window - stride tokens before it (or all, if there
+    are fewer), and the first after BOS.
     """
     try:
         text = args.perplexity.read_text(encoding="utf-8-sig")
@@ -329,13 +332,38 @@ def perplexity(evaluator: Evaluator, args: Namespace) -> dict:
     stride = args.stride or (window + 1) // 2
     if stride > window:
         raise UserError(f"--stride {stride} is over the window, {window}; lower it")
-    scores = evaluator.score([*windows([evaluator.prefix_token_id, *ids], window, stride)])
-    nats = -sum(log_prob for log_prob, _ in scores)
-    value, bits = math.exp(nats / len(ids)), nats / math.log(2) / len(text.encode())
-    print(f"perplexity {value:.4f} over {len(ids)} tokens of {args.perplexity}, ", end="")
-    print(f"{bits:.4f} bits a byte (window {window}, stride {stride})")
-    figures = {"perplexity": value, "tokens": len(ids), "bits_per_byte": bits}
-    return figures | {"window": window, "stride": stride}
+    passes = [*windows([evaluator.prefix_token_id, *ids], window, stride)]
+    return text, passes, {"window": window, "stride": stride}
+
+
+def perplexity(evaluator: Evaluator, args: Namespace) -> dict:
+    """Print the perplexity of a text file; returns the figures.
+
+    It is exp of the mean negative log probability of the file's tokens.
+    """
+    text, passes, cut = read_passes(evaluator, args)
+    tokens = sum(len(continuation) for _, continuation in passes)
+    nats = -sum(log_prob for log_prob, _ in evaluator.score(passes))
+    value, bits = math.exp(nats / tokens), nats / math.log(2) / len(text.encode())
+    print(f"perplexity {value:.4f} over {tokens} tokens of {args.perplexity}, ", end="")
+    print(f"{bits:.4f} bits a byte (window {cut['window']}, stride {cut['stride']})")
+    return {"perplexity": value, "tokens": tokens, "bits_per_byte": bits} | cut
+
+
+def against(evaluator: Evaluator, path: Path, args: Namespace, shard: tp.Shard | None) -> dict:
+    """Compare the checkpoint with that of --against on a text; returns the figures."""
+    name, own = args.against_device, evaluator.model.device
+    if name and shard:
+        raise UserError("--against_device is of one process; leave it out under torchrun")
+    reference = compare.open_reference(args, find_device(name) if name else own, shard)
+    if reference.context < evaluator.max_length:
+        if args.max_seq_length:
+            what = f"the context of {args.against}, {reference.context}"
+            raise UserError(f"--max_seq_length is over {what}; lower it")
+        evaluator.max_length = reference.context
+    text, passes, cut = read_passes(evaluator, args)
+    ours = compare.Ours(path, evaluator.model, evaluator.tokenizer, args.compile)
+    return compare.compare((ours, reference), text, passes, args) | cut
 
 
 # ------------------------------------------------------------------------------------------------
@@ -352,6 +380,18 @@ def make_parser() -> Parser:
     add("--limit", type=number(int, 1), help="documents of each task (default: all)")
     add("--num_fewshot", type=number(int, 0), help="examples before each document")
     add("--include_path", type=Path, metavar="DIR", help="a folder with task definitions")
+    add(
+        "--against",
+        type=Path,
+        metavar="FILE_OR_FOLDER",
+        help="a reference on the text of --perplexity, a checkpoint or a Hugging Face folder: "
+        "KL(reference || checkpoint)",
+    )
+    add("--against_device", help="device of the reference (default: the checkpoint's)")
+    add("--against_precision", choices=PRECISIONS, help="of the reference (default: --precision)")
+    add("--max_kl", type=number(float, 0), help="exit with 1 if the KL divergence is over this")
+    add("--prompt", help="what both continue greedily (default: the start of the text)")
+    add("--max_new_tokens", type=number(int, 1), default=64, help="of --against (default: 64)")
     add("--stride", type=number(int, 1), help="of --perplexity (default: half of the window)")
     add("--batch_size", type=number(int, 1), default=8, help="contexts run at once (default: 8)")
     add("--compile", action="store_true", help="compile one transformer block for all layers")
@@ -359,7 +399,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(args: Namespace) -> None:
+def check_flags(args: Namespace) -> None:
+    """Raise a UserError if a flag has nothing to go with."""
     if args.stride and args.tasks:
         raise UserError("--stride goes with --perplexity; leave it out")
     if args.perplexity and (args.limit or args.num_fewshot or args.include_path):
@@ -368,6 +409,16 @@ def main(args: Namespace) -> None:
         raise UserError(f"--include_path {args.include_path} is no folder; name the one with YAMLs")
     if args.tasks and lm_eval is None:
         raise UserError("--tasks needs the package lm-eval; pip install lm-eval==0.4.13")
+    only = ("against_device", "against_precision", "max_kl", "prompt")
+    given = [f"--{name}" for name in only if getattr(args, name) is not None]
+    if given and not args.against:
+        raise UserError(f"{given[0]} goes with --against; leave it out")
+    if args.against and not args.perplexity:
+        raise UserError("--against needs a text; pass --perplexity FILE")
+
+
+def main(args: Namespace) -> None:
+    check_flags(args)
     device, shard = tp.init(args.device)
     path = args.checkpoint_path or tp.in_turn(default_checkpoint)
     model, tokenizer = load(path, device, args.precision, shard)
@@ -375,14 +426,21 @@ def main(args: Namespace) -> None:
     if window > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     evaluator = Evaluator(model, tokenizer, args.batch_size, window, args.compile)
-    results = run_tasks(evaluator, args) if args.tasks else perplexity(evaluator, args)
+    if args.against:
+        results = against(evaluator, path, args, shard)
+    else:
+        results = run_tasks(evaluator, args) if args.tasks else perplexity(evaluator, args)
     tp.shutdown(shard)
-    if args.output_path and not (shard and shard.rank):
+    if shard and shard.rank:  # rank 0 writes, and has the exit code: torchrun ends the others
+        return
+    if args.output_path:
         settings = {"model": str(path), "device": str(device), "precision": args.precision}
-        settings |= {"max_seq_length": window, "batch_size": args.batch_size}
+        settings |= {"max_seq_length": evaluator.max_length, "batch_size": args.batch_size}
         results["config"] = results.get("config", {}) | settings
         with replacing(args.output_path) as temporary:
             temporary.write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
+    if args.against and compare.exceeds(results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

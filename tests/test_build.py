@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import python
 
 import kernels
+from commands import python
 from conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="built on Linux alone")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from commands import python
 
 WAIT = "print('ready', flush=True); import time; time.sleep(60)"

@@ -14,12 +14,12 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
-from commands import python
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cli import UserError
+from commands import python
 from conftest import ROOT
 from engine import load_model
 from families import from_config, read_config

@@ -12,6 +12,13 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
+
+import cli
+import quantize
+from cli import UserError
+from conftest import ROOT
+from engine import load_model
+from scripts import convert_gguf, convert_hf_checkpoint
 from test_convert import (
     K_PROJ,
     MODELS,
@@ -25,13 +32,6 @@ from test_convert import (
     random_hf,
     write_gguf,
 )
-
-import cli
-import quantize
-from cli import UserError
-from conftest import ROOT
-from engine import load_model
-from scripts import convert_gguf, convert_hf_checkpoint
 
 MODES = {
     "int8": "model_int8.pth",

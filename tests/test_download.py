@@ -22,7 +22,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from cli import UserError
 from commands import python
+from conftest import ROOT
+from engine import load_model
+from scripts import default_model, download
 from test_convert import (
     assert_same,
     load,
@@ -32,11 +37,6 @@ from test_convert import (
     truncate,
     write_gguf,
 )
-
-from cli import UserError
-from conftest import ROOT
-from engine import load_model
-from scripts import default_model, download
 
 # ------------------------------------------------------------------------------------------------
 # The stand-in of the hub

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 import transformers
-from commands import run_script
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -21,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 import cli
 import eval as evaluation
+from commands import run_script
 from conftest import CONFIG, ROOT, SPECIALS, random_model, write_checkpoint
 from engine import load
 from eval import Evaluator, windows

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import python
 
 import cli
 import engine as engine_module
 import generate as cli_generate
 from cli import UserError
+from commands import python
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from engine import Engine, Sampling, candidates, generate, load_model, sample
 from model import Transformer

@@ -12,10 +12,10 @@ from queue import SimpleQueue
 
 import pytest
 import torch
-from commands import python
 
 import cli
 import generate
+from commands import python
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from engine import Engine
 from jsonl import waiting

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from commands import python, run_script
 
 import prefill_cache
+from commands import python, run_script
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from engine import Engine, load_model
 from linear import Linear

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_script
 
 from checkpoint import DEFAULT_CHECKPOINT
 from cli import read_json
+from commands import run_script
 from conftest import ROOT
 
 # A file imports only from lower floors.
@@ -31,7 +31,7 @@ FLOORS = [
     {"speculate", "prefill_cache", "tp", "ranges", "gptq"},
     {"prompts", "settings", "shaping", "reuse"},
     {"chat", "jsonl"},
-    {"generate", "quantize"},
+    {"generate", "quantize", "compare"},
     {"eval", "scripts", "profiler_scripts"},
 ]
 CORE = ("tokenizer", "linear", "model", "engine")  # from a prompt's text to its next token

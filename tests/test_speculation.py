@@ -12,9 +12,9 @@ import time
 
 import pytest
 import torch
-from commands import python
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from commands import python
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from engine import Engine, Sampling, candidates, generate, sample
 from linear import FEW_ROWS, Linear, linear_for

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import python
-from tp_worker import run_case
 
 import quantize
 import tp
 from checkpoint import load_state
 from cli import UserError
+from commands import python
 from conftest import CONFIG, ROOT, write_checkpoint
 from engine import load_model
 from families import from_config, read_config
 from model import Transformer
+from tp_worker import run_case
 
 BASE = CONFIG | {
     "hidden_size": 128,
