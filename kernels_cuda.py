@@ -2,9 +2,9 @@
 
 Decoding is memory-bound: every weight is read once a token. So the kernels read what a checkpoint
 stores, 16 bytes a thread, straight into the registers that a tensor core takes: the weights are the
-rows of its product, up to 8 rows of x its columns. There is no second copy of a weight, nothing goes
-through shared memory, and one binary serves 1 to 8 rows: a row's bits depend on no other row. Tiles
-follow from the shape of a weight and the number of SMs, never from a stopwatch.
+rows of its product, up to 8 rows of x its columns. No second copy of a weight exists, nothing goes
+through shared memory, and one binary serves 1 to 8 rows: a row's bits depend on no other row.
+Tiles follow from the shape of a weight and the number of SMs, never from a stopwatch.
 
 `register` implements the operators of operators.py; `fuse` runs a Llama, Qwen2 or Qwen3 layer in 7
 launches. Nothing here waits for the device, so a CUDA graph can hold all of it.
@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.runtime._async_compile import AsyncCompileMode
 
 import operators
 
@@ -57,107 +53,88 @@ def float_of_byte(words, AT: tl.constexpr):
 
 
 @triton.jit
-def float_of_code(words, AT: tl.constexpr, scale, zero):
-    """The 4-bit code at bit AT, times its scale, plus its zero."""
-    moved = words << (16 - AT) if AT < 16 else words >> (AT - 16)
-    code = (moved & 0xF0000 | 0x43000000).to(tl.float32, bitcast=True) - 136.0  # 128 + code
-    return code * scale + zero
-
-
-@triton.jit
 def halves(pair, DTYPE: tl.constexpr):
     """The two 16-bit floats of an int32, the low half first."""
     low, high = pair.to(tl.int16), (pair >> 16).to(tl.int16)
     return low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
 
 
-PTX = """{
-.reg .b32 mask, magic, offset, one, w4, w8, w12, a, b, c, d;
-mov.b32 mask, 0x000f000f; mov.b32 magic, MAGIC; mov.b32 offset, OFFSET; mov.b32 one, ONE;
-shr.b32 w4, $4, 4; shr.b32 w8, $4, 8; shr.b32 w12, $4, 12;
-lop3.b32 a, w4, mask, magic, 0xEA; lop3.b32 b, $4, mask, magic, 0xEA;
-lop3.b32 c, w12, mask, magic, 0xEA; lop3.b32 d, w8, mask, magic, 0xEA;
-fma.rn.TYPE a, a, one, offset; fma.rn.TYPE b, b, one, offset;
-fma.rn.TYPE c, c, one, offset; fma.rn.TYPE d, d, one, offset;
-fma.rn.TYPE $0, a, $5, $6; fma.rn.TYPE $1, b, $5, $6;
-fma.rn.TYPE $2, c, $5, $6; fma.rn.TYPE $3, d, $5, $6;
-}"""
+def ptx(name: str, magic: str, less: str, one: str) -> tl.constexpr:
+    """Two codes at once: put into mantissas as magic + code, less magic + 8, scaled, plus zero."""
+    return tl.constexpr(f"""{{ .reg .b32 a, one, less; mov.b32 one, {one}; mov.b32 less, {less};
+        lop3.b32 a, $1, 0x000f000f, {magic}, 0xEA; fma.rn.{name} a, a, one, less;
+        fma.rn.{name} $0, a, $2, $3; }}""")
 
 
-def ptx(**values: str) -> tl.constexpr:
-    """PTX for pairs of codes: magic + code, less the offset (magic + 8), times scale, plus zero."""
-    return tl.constexpr(functools.reduce(lambda text, v: text.replace(*v), values.items(), PTX))
+PTX_BF16 = ptx("bf16x2", "0x43004300", "0xc308c308", "0x3f803f80")
+PTX_FP16 = ptx("f16x2", "0x64006400", "0xe408e408", "0x3c003c00")
 
 
-PTX_BF16 = ptx(MAGIC="0x43004300", OFFSET="0xc308c308", ONE="0x3f803f80", TYPE="bf16x2")
-PTX_FP16 = ptx(MAGIC="0x64006400", OFFSET="0xe408e408", ONE="0x3c003c00", TYPE="f16x2")
+@triton.jit
+def two_codes(words, scale, zero, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
+    """The 4-bit codes at bits 0 and 16, times their scale, plus their zero."""
+    if BACKEND == "cuda":
+        ASM: tl.constexpr = PTX_BF16 if DTYPE == tl.bfloat16 else PTX_FP16
+        args = (words, scale, zero)
+        pair = tl.inline_asm_elementwise(ASM, "=r,r,r,r", args, tl.int32, is_pure=True, pack=1)
+        return halves(pair, DTYPE)
+    low = (words << 16 & 0xF0000 | 0x43000000).to(tl.float32, bitcast=True) - 136.0  # 128 + code
+    high = (words & 0xF0000 | 0x43000000).to(tl.float32, bitcast=True) - 136.0
+    return (low * scale + zero).to(DTYPE), (high * scale + zero).to(DTYPE)
 
 
 @triton.jit
 def unpack_int4(words, grid, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
-    """Weights of int32 words of 8 codes, columns 0 4, 1 5, 2 6, 3 7: [..., 2, 2, 2] = h, a, b."""
-    if BACKEND == "cuda":
-        scale = (grid & 0xFFFF) | (grid << 16)
-        zero = ((grid >> 16) & 0xFFFF) | (grid & -65536)
-        ASM: tl.constexpr = PTX_BF16 if DTYPE == tl.bfloat16 else PTX_FP16
-        scale, zero = tl.broadcast_to(scale, words.shape), tl.broadcast_to(zero, words.shape)
-        v04, v15, v26, v37 = tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r,r,r", (words, scale, zero), (tl.int32,) * 4, is_pure=True, pack=1
-        )
-        v0, v4 = halves(v04, DTYPE)
-        v1, v5 = halves(v15, DTYPE)
-        v2, v6 = halves(v26, DTYPE)
-        v3, v7 = halves(v37, DTYPE)
+    """Weights of int32 words of 8 codes: [..., h, a, b] of 2 each is column 4 h + 2 a + b."""
+    if BACKEND == "cuda":  # both halves the same
+        scale = tl.broadcast_to((grid & 0xFFFF) | (grid << 16), words.shape)
+        zero = tl.broadcast_to(((grid >> 16) & 0xFFFF) | (grid & -65536), words.shape)
     else:
         scale, zero = halves(grid, DTYPE)
         scale, zero = scale.to(tl.float32), zero.to(tl.float32)
-        v0 = float_of_code(words, 4, scale, zero).to(DTYPE)
-        v1 = float_of_code(words, 0, scale, zero).to(DTYPE)
-        v2 = float_of_code(words, 12, scale, zero).to(DTYPE)
-        v3 = float_of_code(words, 8, scale, zero).to(DTYPE)
-        v4 = float_of_code(words, 20, scale, zero).to(DTYPE)
-        v5 = float_of_code(words, 16, scale, zero).to(DTYPE)
-        v6 = float_of_code(words, 28, scale, zero).to(DTYPE)
-        v7 = float_of_code(words, 24, scale, zero).to(DTYPE)
-    evens = tl.join(tl.join(v0, v4), tl.join(v2, v6))  # [..., h, a]: column 4 h + 2 a
-    return tl.join(evens, tl.join(tl.join(v1, v5), tl.join(v3, v7)))  # [..., h, a, b]
+    v0, v4 = two_codes(words >> 4, scale, zero, DTYPE, BACKEND)
+    v1, v5 = two_codes(words, scale, zero, DTYPE, BACKEND)
+    v2, v6 = two_codes(words >> 12, scale, zero, DTYPE, BACKEND)
+    v3, v7 = two_codes(words >> 8, scale, zero, DTYPE, BACKEND)
+    evens = tl.join(tl.join(v0, v4), tl.join(v2, v6))
+    return tl.join(evens, tl.join(tl.join(v1, v5), tl.join(v3, v7)))
 
 
 @triton.jit
-def weight_operand(
-    tiles, SCHEME: tl.constexpr, DTYPE: tl.constexpr, BACKEND: tl.constexpr,
-    U: tl.constexpr, R: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
+def weight_operand(tiles, SCHEME: tl.constexpr, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
     """The rows of the tensor core's product: [W, 8 R, columns], in the order of `x_operand`."""
+    d: tl.constexpr = tiles[0].shape
     if SCHEME == "int4":
         a = unpack_int4(tiles[0], tiles[1], DTYPE, BACKEND)  # [U, R, W, 8, 4, E, h, a, b]
         a = a.permute(2, 1, 3, 0, 5, 7, 4, 8, 6)  # [W, R, 8, U, E, a, 4, b, h]
     elif SCHEME == "int8":
-        words = tiles[0]
-        evens = tl.join(float_of_byte(words, 0).to(DTYPE), float_of_byte(words, 16).to(DTYPE))
-        odds = tl.join(float_of_byte(words, 8).to(DTYPE), float_of_byte(words, 24).to(DTYPE))
-        a = tl.join(evens, odds).permute(2, 1, 3, 0, 5, 4, 6, 7)  # [W, R, 8, U, E, 4, 2, 2]
+        evens = tl.join(float_of_byte(tiles[0], 0), float_of_byte(tiles[0], 16))
+        odds = tl.join(float_of_byte(tiles[0], 8), float_of_byte(tiles[0], 24))
+        a = (
+            tl.join(evens, odds).to(DTYPE).permute(2, 1, 3, 0, 5, 4, 6, 7)
+        )  # [W, R, 8, U, E, 4, 2, 2]
     else:
         KEPT: tl.constexpr = 4 if SCHEME == "int8-activation" else 2  # neighbours in a register
-        a = tiles[0].reshape(U, R, W, 8, 4, E // KEPT, KEPT).permute(2, 1, 3, 0, 5, 4, 6)
-    return a.reshape(W, 8 * R, a.numel // (W * 8 * R))
+        a = tiles[0].reshape(d[0], d[1], d[2], 8, 4, d[5] // KEPT, KEPT)
+        a = a.permute(2, 1, 3, 0, 5, 4, 6)
+    return a.reshape(d[2], 8 * d[1], a.numel // (d[2] * 8 * d[1]))
 
 
 @triton.jit
-def x_operand(x, SCHEME: tl.constexpr, U: tl.constexpr, S: tl.constexpr, W: tl.constexpr):
-    """The columns of the tensor core's product: x [U, S, W, 8, 4, C] as [W, columns, 8]."""
+def x_operand(x, SCHEME: tl.constexpr):
+    """The columns of the tensor core's product: x [U, S, W, X, 4, C] as [W, columns, X]."""
+    d: tl.constexpr = x.shape
     if SCHEME == "int4":
-        x = x.reshape(U, S, W, 8, 4, 2, 2, 2).permute(2, 0, 1, 6, 4, 7, 5, 3)
-    elif SCHEME == "bf16":
-        x = x.reshape(U, S, W, 8, 4, 4, 2).permute(2, 0, 1, 5, 4, 6, 3)
+        x = x.reshape(d[0], d[1], d[2], d[3], 4, 2, 2, 2).permute(2, 0, 1, 6, 4, 7, 5, 3)
     else:
-        x = x.reshape(U, S, W, 8, 4, x.shape[5] // 4, 4).permute(2, 0, 1, 5, 4, 6, 3)
-    return x.reshape(W, x.numel // (W * 8), 8)
+        KEPT: tl.constexpr = 2 if SCHEME == "bf16" else 4  # neighbours in a register
+        x = x.reshape(d[0], d[1], d[2], d[3], 4, d[5] // KEPT, KEPT).permute(2, 0, 1, 5, 4, 6, 3)
+    return x.reshape(d[2], x.numel // (d[2] * d[3]), d[3])
 
 
 @triton.jit
 def finish(sums, factor, grid, bias, n, inside, SCHEME: tl.constexpr):
-    """Sums [W, rows, 8] of the warps as outputs [rows, 8]: factors and bias applied."""
+    """Sums [W, 8 R, X] of the warps as outputs [8 R, X]: factors and bias applied."""
     out = tl.sum(sums, 0).to(tl.float32) * factor
     if SCHEME == "int8" or SCHEME == "int8-activation":
         out *= tl.load(grid + n, mask=inside, other=0.0).to(tl.float32)
@@ -171,15 +148,15 @@ def linear_kernel(
     x, gain, eps, peaks, w, grid, bias, w3, grid3, bias3, add, y, rows, N, chunks,
     SCHEME: tl.constexpr, PER_GROUP: tl.constexpr, BACKEND: tl.constexpr, PDL: tl.constexpr,
     U: tl.constexpr, R: tl.constexpr, W: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
-    E: tl.constexpr,
+    E: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """y [rows, N] = norm(x) [rows, K] @ w.T (+ bias) (+ add), or silu of that times the same by w3.
 
-    A program computes 8 R outputs of 8 rows. The norm needs no pass of its own: its factor is
+    A program computes 8 R outputs of X rows. The norm needs no pass of its own: its factor is
     applied to the sums. S pieces of C columns of x belong to a chunk of weights.
     """
     STEP: tl.constexpr = U * W * 4
-    m0, n0 = tl.program_id(0) * 8, tl.program_id(1) * 8 * R
+    m, n0 = tl.program_id(0) * X + tl.arange(0, X), tl.program_id(1) * 8 * R
     u = tl.arange(0, U)[:, None, None, None, None, None]
     r = tl.arange(0, R)[None, :, None, None, None, None]
     s = tl.arange(0, S)[None, :, None, None, None, None]
@@ -188,35 +165,36 @@ def linear_kernel(
     t = tl.arange(0, 4)[None, None, None, None, :, None]
     column = tl.arange(0, C)[None, None, None, None, None, :]
     n, chunk = tl.minimum(n0 + r * 8 + row, N - 1), (u * W + warp) * 4 + t
+    token = m[None, None, None, :, None, None]
     if PDL:
-        gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     tiles = load_weights(w, grid, n, N, chunk, chunks, PER_GROUP, E)
     if w3 is not None:
         tiles3 = load_weights(w3, grid3, n, N, chunk, chunks, PER_GROUP, E)
     if PDL:  # only weights may be read before the kernel ahead is done
-        gdc_wait()
-    sums = tl.zeros((W, 8 * R, 8), tl.int32 if SCHEME == "int8-activation" else tl.float32)
-    sums3, squares = sums, tl.zeros((W, 8, 4), tl.float32)
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros((W, 8 * R, X), tl.int32 if SCHEME == "int8-activation" else tl.float32)
+    sums3, squares = sums, tl.zeros((W, X, 4), tl.float32)
     for _ in range(0, chunks, STEP):
         next_tiles = load_weights(w, grid, n, N, chunk + STEP, chunks, PER_GROUP, E)
         if w3 is not None:
             next_tiles3 = load_weights(w3, grid3, n, N, chunk + STEP, chunks, PER_GROUP, E)
-        at, inside = (chunk * S + s) * C + column, (chunk < chunks) & (m0 + row < rows)
-        xs = tl.load(x + (m0 + row) * chunks * (S * C) + at, mask=inside, other=0)
+        at, inside = (chunk * S + s) * C + column, (chunk < chunks) & (token < rows)
+        xs = tl.load(x + token * chunks * (S * C) + at, mask=inside, other=0)
         if gain is not None:
-            floats = xs.to(tl.float32)  # [U, S, W, 8, 4, C]
+            floats = xs.to(tl.float32)  # [U, S, W, X, 4, C]
             squares += tl.sum(tl.sum(tl.sum(floats * floats, 5), 1), 0)
             at, inside = tl.broadcast_to(at, xs.shape), tl.broadcast_to(chunk < chunks, xs.shape)
             gains = tl.load(gain + at, mask=inside, other=0.0)
             xs = (floats * gains.to(tl.float32)).to(xs.dtype)
-        xs = x_operand(xs, SCHEME, U, S, W)
-        ws = weight_operand(tiles, SCHEME, xs.dtype, BACKEND, U, R, W, E)
+        xs = x_operand(xs, SCHEME)
+        ws = weight_operand(tiles, SCHEME, xs.dtype, BACKEND)
         sums, tiles = tl.dot(ws, xs, sums, out_dtype=sums.dtype), next_tiles
         if w3 is not None:
-            ws = weight_operand(tiles3, SCHEME, xs.dtype, BACKEND, U, R, W, E)
+            ws = weight_operand(tiles3, SCHEME, xs.dtype, BACKEND)
             sums3, tiles3 = tl.dot(ws, xs, sums3, out_dtype=sums.dtype), next_tiles3
         chunk += STEP
-    n, m = (n0 + tl.arange(0, 8 * R))[:, None], (m0 + tl.arange(0, 8))[None, :]
+    n, m = (n0 + tl.arange(0, 8 * R))[:, None], m[None, :]
     factor = 1.0
     if gain is not None:
         mean = tl.sum(tl.sum(squares, 2), 0) / (chunks * (S * C))
@@ -237,9 +215,9 @@ def linear_kernel(
 
 
 @triton.jit(do_not_specialize=["K"])
-def quantize_kernel(x, peaks, codes, K, BLOCK: tl.constexpr):
+def quantize_kernel(x, peaks, codes, K):
     """A row of x in steps of a 127th of its peak, rounded to nearest even."""
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * 1024 + tl.arange(0, 1024)
     step = tl.maximum(tl.load(peaks + row), 1e-12) / 127
     value = tl.load(x + row * K + at, mask=at < K, other=0.0).to(tl.float32)
     rounded = tl.math.div_rn(value, step) + 12582912.0  # 1.5 * 2^23: what follows is cut off
@@ -247,18 +225,16 @@ def quantize_kernel(x, peaks, codes, K, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "K"])
-def dequantize_kernel(
-    w, grid, y, N, K, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def dequantize_kernel(w, grid, y, N, K, GROUP: tl.constexpr):
     """y [N, K]: int8 times the scale of its row, or two codes a byte times that of its group."""
-    n = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
-    k = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    n = (tl.program_id(1) * 16 + tl.arange(0, 16))[:, None]
+    k = (tl.program_id(0) * 256 + tl.arange(0, 256))[None, :]
     row, inside = n.to(tl.int64) * K, (n < N) & (k < K)
     if GROUP == 0:
         scale = tl.load(grid + n, mask=n < N, other=0.0).to(tl.float32)
         value = tl.load(w + row + k, mask=inside, other=0).to(tl.float32) * scale
     else:
-        byte = tl.program_id(0) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        byte = tl.program_id(0) * 128 + tl.arange(0, 128)[None, :]
         ok = (n < N) & (2 * byte < K)
         codes = tl.load(w + row // 2 + byte, mask=ok, other=0)
         at = grid + (2 * byte // GROUP * N + n).to(tl.int64) * 2
@@ -266,18 +242,8 @@ def dequantize_kernel(
         zero = tl.load(at + 1, mask=ok, other=0.0).to(tl.float32)
         even = ((codes >> 4).to(tl.float32) - 8) * scale + zero
         odd = ((codes & 15).to(tl.float32) - 8) * scale + zero
-        value = tl.join(even, odd).reshape(ROWS, BLOCK)
+        value = tl.join(even, odd).reshape(16, 256)
     tl.store(y + row + k, value.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def norm_kernel(x, gain, eps, y, K, BLOCK: tl.constexpr):
-    """The RMS norm of a row."""
-    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    value = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value) / K + eps)
-    value *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-    tl.store(y + row * K + k, value.to(y.dtype.element_ty), mask=k < K)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -285,37 +251,34 @@ def rotate_kernel(
     qkv, positions, table, q_gain, k_gain, eps, q, kc, vc, T, S,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: norm and rotate q and k; q goes to [B T, H, D], k and v to the caches."""
+    """One head of a token: q, normed and rotated, to [B T, H, D]; k, too, and v to the caches."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair, half = tl.arange(0, PAIRS), tl.arange(0, 2)[None, :]
     at, inside = 2 * pair[:, None] + half, pair[:, None] < D // 2
     position = tl.load(positions + row)
     value = tl.load(qkv + (row * (H + 2 * KV) + head) * D + at, mask=inside, other=0.0)
-    kv = tl.where(head >= H + KV, head - H - KV, head - H)  # of q: unused
-    slot = ((row // T * KV + kv) * S + position) * D
-    if head >= H + KV:
-        tl.store(vc + slot + at, value, mask=inside)
+    slot = (row // T * KV * S + position) * D
+    if head < H:
+        to, gain = q + (row * H + head) * D, q_gain
+    elif head < H + KV:
+        to, gain = kc + slot + (head - H).to(tl.int64) * S * D, k_gain
     else:
+        to, gain = vc + slot + (head - H - KV).to(tl.int64) * S * D, k_gain
+    if head < H + KV:
         floats = value.to(tl.float32)
-        if q_gain is not None:
+        if gain is not None:
             floats *= tl.rsqrt(tl.sum(floats * floats) / D + eps)
-            q_gains = tl.load(q_gain + at, mask=inside & (head < H), other=0.0).to(tl.float32)
-            k_gains = tl.load(k_gain + at, mask=inside & (head >= H), other=0.0).to(tl.float32)
-            floats *= q_gains + k_gains  # one of them is 0
+            floats *= tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
         even, odd = tl.split(floats)
-        angle = tl.load(table + position * D + at, mask=inside, other=0.0)
-        cos, sin = tl.split(angle)
-        rotated = tl.join(even * cos - odd * sin, odd * cos + even * sin).to(value.dtype)
-        if head < H:
-            tl.store(q + (row * H + head) * D + at, rotated, mask=inside)
-        else:
-            tl.store(kc + slot + at, rotated, mask=inside)
+        cos, sin = tl.split(tl.load(table + position * D + at, mask=inside, other=0.0))
+        value = tl.join(even * cos - odd * sin, odd * cos + even * sin).to(value.dtype)
+    tl.store(to + at, value, mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention. A tile holds ROWS of the T * G query rows of a KV head. Decoding splits the cache: block
-# b of positions belongs to split b mod SPLITS. So the splits are balanced at every length, and the
-# order of a row's sums depends neither on the length nor on the rows beside it.
+# Attention. A tile holds ROWS of the T * G query rows of a KV head. Decoding splits the cache:
+# block b of positions belongs to split b mod SPLITS. So the splits are balanced at every length,
+# and the order of a row's sums depends neither on the length nor on the rows beside it.
 
 
 @triton.jit(do_not_specialize=["T", "S", "window"])
@@ -380,12 +343,12 @@ def merge_kernel(
 ):  # fmt: skip
     """The splits of one query row as one: y [B, T, H * D]."""
     row, head = tl.program_id(0), tl.program_id(1)
-    split, d = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    split, d = tl.arange(0, SPLITS), tl.program_id(2) * 64 + tl.arange(0, 64)
     i = row % T * G + head % G
     tile = (row // T * (H // G) + head // G) * tl.cdiv(T * G, ROWS) + i // ROWS
     at = (tile.to(tl.int64) * SPLITS + split) * ROWS + i % ROWS
     top, weight = tl.load(stats + 2 * at), tl.load(stats + 2 * at + 1)
-    filled = (weight > 0)[:, None]
+    filled = (weight > 0)[:, None] & (d < D)[None, :]
     sums = tl.load(part + at[:, None] * WIDTH + d[None, :], mask=filled, other=0.0)
     share = tl.where(weight > 0, tl.exp2(top - tl.max(top, 0)), 0.0)
     total = tl.sum(weight * share, 0)
@@ -397,7 +360,7 @@ def merge_kernel(
 # Launches
 
 FEW_ROWS = 32  # more new tokens of a row, or rows of int8 activations, are a prefill
-LOG2_E = math.log2(math.e)
+LOG2_E = 1.4426950408889634
 compile_only = ContextVar("compile_only", default=False)
 
 
@@ -405,10 +368,9 @@ def supported(device: torch.device) -> bool:
     """CUDA from sm_80 on, ROCm from CDNA on."""
     if device.type != "cuda":
         return False
-    if torch.version.hip:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return name.startswith(("gfx908", "gfx90a", "gfx94", "gfx95"))
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    properties = torch.cuda.get_device_properties(device)
+    cdna = ("gfx908", "gfx90a", "gfx94", "gfx95")
+    return properties.gcnArchName.startswith(cdna) if torch.version.hip else properties.major >= 8
 
 
 @functools.cache
@@ -416,20 +378,21 @@ def target(device: torch.device) -> tuple[str, int]:
     """What a device's kernels are compiled for, and its number of SMs; a CPU's are interpreted."""
     if device.type != "cuda":
         return "interpreter", 4
-    properties = torch.cuda.get_device_properties(device)
-    return "hip" if torch.version.hip else "cuda", properties.multi_processor_count
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return "hip" if torch.version.hip else "cuda", processors
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args, **constants) -> None:
+def launch(
+    kernel: triton.JITFunction, grid: tuple[int, ...], *args, maxnreg: int | None = None,
+    launch_pdl: bool = False, **constants,
+) -> None:  # fmt: skip
     """Run a kernel, or only compile it, as `compile_kernels` asks."""
+    if target(args[0].device)[0] == "cuda":  # ROCm knows neither of these
+        constants |= dict(maxnreg=maxnreg, launch_pdl=launch_pdl)
     if compile_only.get():
         kernel.warmup(*args, grid=grid, **constants)
     else:
         kernel[grid](*args, **constants)
-
-
-def power_of_2_below(number: int) -> int:
-    return triton.next_power_of_2(number + 1) // 2
 
 
 class Weight(NamedTuple):
@@ -441,24 +404,26 @@ class Weight(NamedTuple):
     bias: Tensor | None = None
 
 
-# Of each scheme: pieces of x that belong to a chunk of weights, their columns, and elements of a
-# chunk as loaded; U and R of the tiles.
-PIECES = {"bf16": (1, 8, 8), "int8": (2, 8, 4), "int8-activation": (1, 16, 16), "int4": (4, 8, 4)}
-TILES = {"bf16": (4, 2), "int8": (2, 2), "int8-activation": (2, 2), "int4": (1, 4)}
+# Of each scheme: S and C, the pieces of x that belong to a chunk of weights and their columns; E,
+# the elements of a chunk as loaded; U and R of the tiles.
+SHAPES = {"bf16": (1, 8, 8, 4, 2), "int8": (2, 8, 4, 2, 2), "int4": (4, 8, 4, 1, 4)}
+SHAPES["int8-activation"] = 1, 16, 16, 2, 2
 
 
 def linear(
     x: Tensor, weight: Weight, *, norm: nn.Module | None = None, gate: Weight | None = None,
     add: Tensor | None = None, peaks: Tensor | None = None, dtype: torch.dtype | None = None,
+    pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """norm(x) [M, K] times a weight, or silu(norm(x) times gate) times that; plus `add`: [M, N]."""
     scheme, (rows, K), N = weight.scheme, x.shape, len(weight.packed)
-    (S, C, E), (U, R), (backend, processors) = PIECES[scheme], TILES[scheme], target(x.device)
-    if gate:  # both take registers
-        U, R = max(1, U // 2), 2
-    chunks = K // (S * C)
+    (S, C, E, U, R), (backend, processors) = SHAPES[scheme], target(x.device)
+    if norm:  # it takes registers, and so does a second weight
+        U, R = max(1, U // 2) if gate else U, 2
+    chunks, X = K // (S * C), 16 if backend == "hip" else 8  # an MFMA has 16 columns
     # 16 warps a processor as far as the width gives each some work; never by the rows of x.
-    W = power_of_2_below(max(2, min(8, 128 * R * processors // N, chunks // (4 * U))))
+    W = min(128 * R * processors // N, chunks // (4 * U))
+    W = 8 if W >= 8 else 4 if W >= 4 else 2
     per_group = chunks // len(weight.grid) if scheme == "int4" else 0
 
     def operands(weight: Weight) -> tuple[Tensor | None, ...]:
@@ -467,24 +432,23 @@ def linear(
 
     y = x.new_empty(rows, N, dtype=dtype)
     launch(
-        linear_kernel, (triton.cdiv(rows, 8), triton.cdiv(N, 8 * R)),
-        x.contiguous(), norm and norm.weight.data, norm.eps if norm else 0.0, peaks,
+        linear_kernel, (triton.cdiv(rows, X), triton.cdiv(N, 8 * R)),
+        x.contiguous(), norm and norm.weight, norm.eps if norm else 0.0, peaks,
         *operands(gate or weight), *(operands(weight) if gate else (None, None, None)),
-        add, y, rows, N, chunks, SCHEME=scheme, PER_GROUP=per_group, BACKEND=backend, PDL=False,
-        U=U, R=R, W=W, S=S, C=C, E=E, num_warps=W, num_stages=1,
-        **({"maxnreg": 128} if backend == "cuda" else {}),
+        add, y, rows, N, chunks, SCHEME=scheme, PER_GROUP=per_group, BACKEND=backend, PDL=pdl,
+        U=U, R=R, W=W, S=S, C=C, E=E, X=X, num_warps=W, num_stages=1, launch_pdl=pdl,
+        maxnreg=128 if scheme == "int4" and gate else None,  # others need fewer
     )  # fmt: skip
     return y
 
 
 def dequantized(x: Tensor, weight: Weight) -> Tensor:
-    """The weight as x's dtype [N, K], in memory that the caching allocator gives to the next one."""
-    N, K, int4 = len(weight.packed), x.shape[1], weight.scheme == "int4"
-    y, group = x.new_empty(N, K), K // len(weight.grid) if int4 else 0
+    """The weight in x's dtype [N, K], in memory that the caching allocator reuses."""
+    (_, w, grid, _), N, K = weight, len(weight.packed), x.shape[1]
+    y, group = x.new_empty(N, K), K // len(grid) if weight.scheme == "int4" else 0
     launch(
-        dequantize_kernel, (triton.cdiv(K, 256), triton.cdiv(N, 16)), weight.packed, weight.grid,
-        y, N, K, GROUP=group, ROWS=16, BLOCK=256,
-    )  # fmt: skip
+        dequantize_kernel, (triton.cdiv(K, 256), triton.cdiv(N, 16)), w, grid, y, N, K, GROUP=group
+    )
     return y
 
 
@@ -492,30 +456,20 @@ def product(x: Tensor, weight: Weight, prefill: bool) -> Tensor:
     """x [M, K] times a weight by the arithmetic of a prefill, or that of decoding."""
     if not prefill:
         return linear(x, weight)
-    return F.linear(x, weight.packed if weight.scheme == "bf16" else dequantized(x, weight))
+    return nn.functional.linear(
+        x, weight.packed if weight.scheme == "bf16" else dequantized(x, weight)
+    )
 
 
 def product_of_codes(x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor | None) -> Tensor:
     """x in steps of its peaks times an int8 weight, summed as integers: one result for any M."""
     peaks = x.abs().amax(-1, keepdim=True).float() if peaks is None else peaks.contiguous()
-    (rows, K), codes = (
-        x.shape,
-        torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format),
-    )
-    grid = (rows, triton.cdiv(K, 1024))
-    launch(quantize_kernel, grid, x.contiguous(), peaks, codes, K, BLOCK=1024, num_warps=4)
+    (rows, K), codes = x.shape, x.new_empty(x.shape, dtype=torch.int8)
+    launch(quantize_kernel, (rows, triton.cdiv(K, 1024)), x.contiguous(), peaks, codes, K)
     if rows <= FEW_ROWS or len(weight) % 8:
         return linear(codes, Weight("int8-activation", weight, scales), peaks=peaks, dtype=x.dtype)
     step = peaks.clamp(min=1e-12) / 127
     return (torch._int_mm(codes, weight.t()) * step * scales.float()).to(x.dtype)
-
-
-def normed(x: Tensor, norm: nn.Module) -> Tensor:
-    """The RMS norm of x [M, K]."""
-    y, block = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
-    args = x, norm.weight.data, norm.eps, y, x.shape[1]
-    launch(norm_kernel, (len(x),), *args, BLOCK=block, num_warps=8)
-    return y
 
 
 def rotate_write(
@@ -541,50 +495,48 @@ def attend(
     """Attention of q [B, T, H, D] over caches [B, KV, S + 1, D], up to input_pos: [B, T, H * D]."""
     (B, T, H, D), (KV, S) = q.shape, k_cache.shape[1:3]
     G, width, (_, processors) = H // KV, max(16, triton.next_power_of_2(D)), target(q.device)
-    if T <= FEW_ROWS:  # 2 programs a processor
-        rows, splits = 16, max(2, min(64, power_of_2_below(2 * processors // KV)))
-    else:
-        rows, splits = 64 if D <= 128 else 32 if D <= 256 else 16, 1
+    rows, splits = 64 if D <= 64 else 32 if D <= 256 else 16, 1
+    if T <= FEW_ROWS:  # 2 programs a processor; the tile must not depend on T
+        rows, splits = 16, 1 << max(1, min(64, 2 * processors // KV).bit_length() - 1)
     tiles, block = triton.cdiv(T * G, rows), 32 if D <= 256 else 16
-    part = stats = None
-    if splits > 1:
-        part, stats = (
-            q.new_empty(B * KV * tiles * splits * rows * n, dtype=torch.float32) for n in (width, 2)
-        )
+    size = B * KV * tiles * (splits > 1) * splits * rows
+    part, stats = (q.new_empty(size, n, dtype=torch.float32) for n in (width, 2))
     y = q.new_empty(B, T, H * D)
-    constants = dict(H=H, G=G, D=D, WIDTH=width, ROWS=rows, SPLITS=splits, num_warps=4)
+    constants = dict(H=H, G=G, D=D, WIDTH=width, ROWS=rows, SPLITS=splits)
     launch(
         attend_kernel, (B * KV, tiles, splits), q.contiguous(), k_cache, v_cache,
         input_pos.contiguous(), sinks, part, stats, y, T, S, scale * LOG2_E, window,
-        BLOCK=block, num_stages=2, **constants,
+        BLOCK=block, num_stages=2, num_warps=4 if splits > 1 else 8, **constants,
     )  # fmt: skip
     if splits > 1:
-        launch(merge_kernel, (B * T, H), part, stats, y, T, **constants)
+        launch(merge_kernel, (B * T, H, triton.cdiv(D, 64)), part, stats, y, T, **constants)
     return y
 
 
 # ------------------------------------------------------------------------------------------------
 # What linear.py, model.py and engine.py ask for
 
-DTYPES = (torch.bfloat16, torch.float16)
-COLUMNS = {torch.bfloat16: 8, torch.float16: 8, torch.int8: 16, torch.uint8: 16}  # of a chunk
-
 
 @functools.cache
 def register(key: str = "CUDA") -> None:
     """Implement the operators of operators.py for a dispatch key."""
-    implementations: dict[str, Callable] = {
-        "linear_bf16": lambda x, w, out, prefill: product(x, Weight("bf16", w), prefill),
-        "linear_int8": lambda x, w, grid, prefill: product(x, Weight("int8", w, grid), prefill),
-        "linear_int4": lambda x, w, grid, out, prefill: product(
-            x, Weight("int4", w, grid), prefill
-        ),
+    for name, implementation in {
+        "linear_bf16": lambda x, w, out, many: product(x, Weight("bf16", w), many),
+        "linear_int8": lambda x, w, grid, many: product(x, Weight("int8", w, grid), many),
+        "linear_int4": lambda x, w, grid, out, many: product(x, Weight("int4", w, grid), many),
         "linear_int8_activation": product_of_codes,
         "rotate_write": rotate_write,
         "attend": attend,
-    }
-    for name, implementation in implementations.items():
+    }.items():
         operators.library.impl(name, implementation, key)
+
+
+def served(floats: Tensor) -> bool:
+    """Whether there are kernels for this device and dtype; then they are registered."""
+    fits = supported(floats.device) and floats.dtype in (torch.bfloat16, torch.float16)
+    if fits and floats.is_cuda:
+        register()
+    return fits
 
 
 def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | None] | None:
@@ -592,24 +544,15 @@ def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | N
 
     The bytes of a row must be a multiple of 16, groups of int4 a multiple of 32 columns.
     """
-    floats = weight if grid is None else grid
-    fits = supported(weight.device) and floats.dtype in DTYPES and weight.is_contiguous()
-    fits = fits and weight.shape[1] % COLUMNS.get(weight.dtype, math.inf) == 0
-    if fits and weight.dtype == torch.uint8:
-        fits = weight.shape[1] * 2 % (32 * len(grid)) == 0
-    if not fits:
-        return None
-    if weight.is_cuda:
-        register()
-    return weight, grid
+    fits = weight.shape[1] * weight.itemsize % 16 == 0
+    if weight.dtype == torch.uint8:
+        fits = fits and weight.shape[1] % (16 * len(grid)) == 0
+    return (weight, grid) if fits and served(weight if grid is None else grid) else None
 
 
 def take_cache(cache: Tensor) -> bool:
     """Whether `attend` and `rotate_write` serve a KV cache like this one."""
-    fits = supported(cache.device) and cache.dtype in DTYPES
-    if fits and cache.is_cuda:
-        register()
-    return fits and cache.shape[3] % 2 == 0 and cache.shape[3] <= 512
+    return cache.shape[3] % 2 == 0 and cache.shape[3] <= 512 and served(cache)
 
 
 # What the fused step knows of a ModelArgs; any other field must have its default.
@@ -626,46 +569,38 @@ def fusible(model: nn.Module) -> bool:
             return False
     modules = [*model.modules()]
     linears = [module for module in modules if hasattr(module, "tiles")]
-    pairs = [(layer.feed_forward.w1, layer.feed_forward.w3) for layer in model.layers]
     return (
         model.args.qk_norm in ("", "head")
         and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         and all(m.tiles is not None and not hasattr(m, "scales_a8") for m in linears)
-        and all(a.tiles.dtype == b.tiles.dtype and same(a.grid, b.grid) for a, b in pairs)
+        and all(kind_of(f.feed_forward.w1) == kind_of(f.feed_forward.w3) for f in model.layers)
         and all(layer.attention.kv_cache.has_kernels for layer in model.layers)
     )
 
 
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two weights have groups of one size."""
-    return a is b is None or a.shape == b.shape
-
-
-SCHEMES = {torch.int8: "int8", torch.uint8: "int4"}
+def kind_of(linear: nn.Module) -> tuple:
+    """What must be the same of weights that one kernel multiplies: dtype and groups."""
+    return linear.tiles.dtype, getattr(linear.grid, "shape", None)
 
 
 def weight_of(linear: nn.Module) -> Weight:
-    scheme, bias = SCHEMES.get(linear.tiles.dtype, "bf16"), linear.bias
-    return Weight(scheme, linear.tiles, linear.grid, None if bias is None else bias.data)
+    scheme = {torch.int8: "int8", torch.uint8: "int4"}.get(linear.tiles.dtype, "bf16")
+    return Weight(scheme, linear.tiles, linear.grid, linear.bias)
 
 
-def fuse(model: nn.Module) -> Callable | None:
-    """`Transformer.forward` in 7 launches a layer and 3 more; None for a model that it cannot run.
+def fuse(model: nn.Module, pdl: bool = False) -> Callable | None:
+    """`Transformer.forward` in 7 launches a layer; None for a model that it cannot run.
 
-    A pass with `last`, a prefill, goes through the modules.
+    A pass with `last`, a prefill, goes through the modules. With `pdl` (sm_90 on) a product loads
+    its first weights while the kernel ahead still runs (programmatic dependent launch).
     """
     if not fusible(model):
         return None
-    names = (
-        "attention.wqkv",
-        "attention.wo",
-        "feed_forward.w1",
-        "feed_forward.w3",
-        "feed_forward.w2",
-    )
-    layers = [
-        (layer, *(weight_of(layer.get_submodule(n)) for n in names)) for layer in model.layers
-    ]
+    layers = []
+    for layer in model.layers:
+        attention, ffn = layer.attention, layer.feed_forward
+        linears = attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2
+        layers.append((layer, *map(weight_of, linears)))
     output = weight_of(model.output)
 
     def step(idx: Tensor, input_pos: Tensor, kv_len: int, last: Tensor | None = None) -> tuple:
@@ -674,19 +609,18 @@ def fuse(model: nn.Module) -> Callable | None:
         x = model.tok_embeddings(idx.flatten())  # [B * T, dim]
         for layer, wqkv, wo, w1, w3, w2 in layers:
             attention, kind = layer.attention, layer.attention.kind
-            qkv = linear(x, wqkv, norm=layer.attention_norm).view(*idx.shape, -1, kind.head_dim)
+            qkv = linear(x, wqkv, norm=layer.attention_norm, pdl=pdl)
+            qkv = qkv.view(*idx.shape, -1, kind.head_dim)
             caches = attention.kv_cache.k_cache, attention.kv_cache.v_cache
             norms = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
-            norms = (norm if norm is None else norm.data for norm in norms)
             q = rotate_write(qkv, input_pos, attention.freqs_cis, *norms, attention.eps, *caches)
             scale = kind.scale or kind.head_dim**-0.5
             y = attend(q, *caches, input_pos, scale, kind.window, None)
-            x = linear(y.flatten(0, 1), wo, add=x)
-            h = linear(x, w3, norm=layer.ffn_norm, gate=w1)
-            x = linear(h, w2, add=x)
-        hidden = normed(x, model.norm)
-        logits = linear(hidden, output).view(*idx.shape, -1)
-        return logits, hidden.view(*idx.shape, -1)
+            x = linear(y.flatten(0, 1), wo, add=x, pdl=pdl)
+            h = linear(x, w3, norm=layer.ffn_norm, gate=w1, pdl=pdl)
+            x = linear(h, w2, add=x, pdl=pdl)
+        hidden = model.norm(x)
+        return tuple(y.view(*idx.shape, -1) for y in (linear(hidden, output, pdl=pdl), hidden))
 
     return step
 
@@ -696,7 +630,7 @@ def compile_kernels(step: Callable, model: nn.Module, rows: int, tokens: int = 1
     idx = torch.zeros(rows, tokens, dtype=torch.int64, device=model.device)
     token = compile_only.set(True)
     try:
-        with ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
+        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
             step(idx, torch.full_like(idx, model.max_seq_length), model.max_seq_length)
     finally:
         compile_only.reset(token)
