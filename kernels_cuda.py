@@ -16,13 +16,13 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.runtime._async_compile import active_mode
 
 import operators
 
@@ -71,33 +71,18 @@ PTX_FP16 = ptx("f16x2", "0x64006400", "0xe408e408", "0x3c003c00")
 
 
 @triton.jit
-def two_codes(words, scale, zero, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
+def two_codes(words, grid, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
     """The 4-bit codes at bits 0 and 16, times their scale, plus their zero."""
     if BACKEND == "cuda":
         ASM: tl.constexpr = PTX_BF16 if DTYPE == tl.bfloat16 else PTX_FP16
-        args = (words, scale, zero)
+        twice = (grid & 0xFFFF) | (grid << 16), ((grid >> 16) & 0xFFFF) | (grid & -65536)
+        args = (words, twice[0], twice[1])
         pair = tl.inline_asm_elementwise(ASM, "=r,r,r,r", args, tl.int32, is_pure=True, pack=1)
         return halves(pair, DTYPE)
+    scale, zero = halves(grid, DTYPE)
     low = (words << 16 & 0xF0000 | 0x43000000).to(tl.float32, bitcast=True) - 136.0  # 128 + code
     high = (words & 0xF0000 | 0x43000000).to(tl.float32, bitcast=True) - 136.0
     return (low * scale + zero).to(DTYPE), (high * scale + zero).to(DTYPE)
-
-
-@triton.jit
-def unpack_int4(words, grid, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
-    """Weights of int32 words of 8 codes: [..., h, a, b] of 2 each is column 4 h + 2 a + b."""
-    if BACKEND == "cuda":  # both halves the same
-        scale = tl.broadcast_to((grid & 0xFFFF) | (grid << 16), words.shape)
-        zero = tl.broadcast_to(((grid >> 16) & 0xFFFF) | (grid & -65536), words.shape)
-    else:
-        scale, zero = halves(grid, DTYPE)
-        scale, zero = scale.to(tl.float32), zero.to(tl.float32)
-    v0, v4 = two_codes(words >> 4, scale, zero, DTYPE, BACKEND)
-    v1, v5 = two_codes(words, scale, zero, DTYPE, BACKEND)
-    v2, v6 = two_codes(words >> 12, scale, zero, DTYPE, BACKEND)
-    v3, v7 = two_codes(words >> 8, scale, zero, DTYPE, BACKEND)
-    evens = tl.join(tl.join(v0, v4), tl.join(v2, v6))
-    return tl.join(evens, tl.join(tl.join(v1, v5), tl.join(v3, v7)))
 
 
 @triton.jit
@@ -105,8 +90,13 @@ def weight_operand(tiles, SCHEME: tl.constexpr, DTYPE: tl.constexpr, BACKEND: tl
     """The rows of the tensor core's product: [W, 8 R, columns], in the order of `x_operand`."""
     d: tl.constexpr = tiles[0].shape
     if SCHEME == "int4":
-        a = unpack_int4(tiles[0], tiles[1], DTYPE, BACKEND)  # [U, R, W, 8, 4, E, h, a, b]
-        a = a.permute(2, 1, 3, 0, 5, 7, 4, 8, 6)  # [W, R, 8, U, E, a, 4, b, h]
+        v0, v4 = two_codes(tiles[0] >> 4, tiles[1], DTYPE, BACKEND)
+        v1, v5 = two_codes(tiles[0], tiles[1], DTYPE, BACKEND)
+        v2, v6 = two_codes(tiles[0] >> 12, tiles[1], DTYPE, BACKEND)
+        v3, v7 = two_codes(tiles[0] >> 8, tiles[1], DTYPE, BACKEND)
+        evens, odds = tl.join(tl.join(v0, v4), tl.join(v2, v6)), tl.join(v1, v5)
+        # [U, R, W, 8, 4, E, h, a, b] is column 4 h + 2 a + b -> [W, R, 8, U, E, a, 4, b, h]
+        a = tl.join(evens, tl.join(odds, tl.join(v3, v7))).permute(2, 1, 3, 0, 5, 7, 4, 8, 6)
     elif SCHEME == "int8":
         evens = tl.join(float_of_byte(tiles[0], 0), float_of_byte(tiles[0], 16))
         odds = tl.join(float_of_byte(tiles[0], 8), float_of_byte(tiles[0], 24))
@@ -197,8 +187,7 @@ def linear_kernel(
     n, m = (n0 + tl.arange(0, 8 * R))[:, None], m[None, :]
     factor = 1.0
     if gain is not None:
-        mean = tl.sum(tl.sum(squares, 2), 0) / (chunks * (S * C))
-        factor = tl.rsqrt(mean + eps)[None, :]
+        factor = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / (chunks * (S * C)) + eps)[None, :]
     if peaks is not None:
         factor = tl.maximum(tl.load(peaks + m, mask=m < rows, other=0.0), 1e-12) / 127
     out = finish(sums, factor, grid, bias, n, n < N, SCHEME)
@@ -253,9 +242,8 @@ def rotate_kernel(
 ):  # fmt: skip
     """One head of a token: q, normed and rotated, to [B T, H, D]; k, too, and v to the caches."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    pair, half = tl.arange(0, PAIRS), tl.arange(0, 2)[None, :]
-    at, inside = 2 * pair[:, None] + half, pair[:, None] < D // 2
-    position = tl.load(positions + row)
+    at = 2 * tl.arange(0, PAIRS)[:, None] + tl.arange(0, 2)[None, :]
+    inside, position = at < D, tl.load(positions + row)
     value = tl.load(qkv + (row * (H + 2 * KV) + head) * D + at, mask=inside, other=0.0)
     slot = (row // T * KV * S + position) * D
     if head < H:
@@ -331,8 +319,7 @@ def attend_kernel(
         out = (tile * SPLITS + split) * ROWS + row
         tl.store(stats + 2 * out, top, mask=real)
         tl.store(stats + 2 * out + 1, weight, mask=real)
-        filled = real[:, None] & (weight > 0)[:, None]
-        tl.store(part + out[:, None] * WIDTH + d, sums, mask=filled)
+        tl.store(part + out[:, None] * WIDTH + d, sums, mask=(real & (weight > 0))[:, None])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -343,16 +330,16 @@ def merge_kernel(
 ):  # fmt: skip
     """The splits of one query row as one: y [B, T, H * D]."""
     row, head = tl.program_id(0), tl.program_id(1)
-    split, d = tl.arange(0, SPLITS), tl.program_id(2) * 64 + tl.arange(0, 64)
+    split, d = tl.arange(0, SPLITS), (tl.program_id(2) * 64 + tl.arange(0, 64))[None, :]
     i = row % T * G + head % G
     tile = (row // T * (H // G) + head // G) * tl.cdiv(T * G, ROWS) + i // ROWS
     at = (tile.to(tl.int64) * SPLITS + split) * ROWS + i % ROWS
     top, weight = tl.load(stats + 2 * at), tl.load(stats + 2 * at + 1)
-    filled = (weight > 0)[:, None] & (d < D)[None, :]
-    sums = tl.load(part + at[:, None] * WIDTH + d[None, :], mask=filled, other=0.0)
+    at, inside = at[:, None] * WIDTH + d, (weight > 0)[:, None] & (d < D)
+    sums = tl.load(part + at, mask=inside, other=0.0)
     share = tl.where(weight > 0, tl.exp2(top - tl.max(top, 0)), 0.0)
     total = tl.sum(weight * share, 0)
-    out = tl.sum(sums * share[:, None], 0) / tl.where(total > 0, total, 1.0)
+    out = tl.sum(sums * share[:, None], 0, keep_dims=True) / tl.where(total > 0, total, 1.0)
     tl.store(y + (row * H + head).to(tl.int64) * D + d, out.to(y.dtype.element_ty), mask=d < D)
 
 
@@ -360,8 +347,6 @@ def merge_kernel(
 # Launches
 
 FEW_ROWS = 32  # more new tokens of a row, or rows of int8 activations, are a prefill
-LOG2_E = 1.4426950408889634
-compile_only = ContextVar("compile_only", default=False)
 
 
 def supported(device: torch.device) -> bool:
@@ -373,7 +358,6 @@ def supported(device: torch.device) -> bool:
     return properties.gcnArchName.startswith(cdna) if torch.version.hip else properties.major >= 8
 
 
-@functools.cache
 def target(device: torch.device) -> tuple[str, int]:
     """What a device's kernels are compiled for, and its number of SMs; a CPU's are interpreted."""
     if device.type != "cuda":
@@ -386,10 +370,10 @@ def launch(
     kernel: triton.JITFunction, grid: tuple[int, ...], *args, maxnreg: int | None = None,
     launch_pdl: bool = False, **constants,
 ) -> None:  # fmt: skip
-    """Run a kernel, or only compile it, as `compile_kernels` asks."""
+    """Run a kernel, or only compile it, under `compile_kernels`."""
     if target(args[0].device)[0] == "cuda":  # ROCm knows neither of these
         constants |= dict(maxnreg=maxnreg, launch_pdl=launch_pdl)
-    if compile_only.get():
+    if active_mode.get():
         kernel.warmup(*args, grid=grid, **constants)
     else:
         kernel[grid](*args, **constants)
@@ -422,8 +406,7 @@ def linear(
         U, R = max(1, U // 2) if gate else U, 2
     chunks, X = K // (S * C), 16 if backend == "hip" else 8  # an MFMA has 16 columns
     # 16 warps a processor as far as the width gives each some work; never by the rows of x.
-    W = min(128 * R * processors // N, chunks // (4 * U))
-    W = 8 if W >= 8 else 4 if W >= 4 else 2
+    W = 1 << max(2, min(8, 128 * R * processors // N, chunks // (4 * U))).bit_length() - 1
     per_group = chunks // len(weight.grid) if scheme == "int4" else 0
 
     def operands(weight: Weight) -> tuple[Tensor | None, ...]:
@@ -446,9 +429,8 @@ def dequantized(x: Tensor, weight: Weight) -> Tensor:
     """The weight in x's dtype [N, K], in memory that the caching allocator reuses."""
     (_, w, grid, _), N, K = weight, len(weight.packed), x.shape[1]
     y, group = x.new_empty(N, K), K // len(grid) if weight.scheme == "int4" else 0
-    launch(
-        dequantize_kernel, (triton.cdiv(K, 256), triton.cdiv(N, 16)), w, grid, y, N, K, GROUP=group
-    )
+    pieces = triton.cdiv(K, 256), triton.cdiv(N, 16)
+    launch(dequantize_kernel, pieces, w, grid, y, N, K, GROUP=group)
     return y
 
 
@@ -505,7 +487,7 @@ def attend(
     constants = dict(H=H, G=G, D=D, WIDTH=width, ROWS=rows, SPLITS=splits)
     launch(
         attend_kernel, (B * KV, tiles, splits), q.contiguous(), k_cache, v_cache,
-        input_pos.contiguous(), sinks, part, stats, y, T, S, scale * LOG2_E, window,
+        input_pos.contiguous(), sinks, part, stats, y, T, S, scale * 1.4426950408889634, window,
         BLOCK=block, num_stages=2, num_warps=4 if splits > 1 else 8, **constants,
     )  # fmt: skip
     if splits > 1:
@@ -564,8 +546,8 @@ KIND = {"n_head", "n_local_heads", "head_dim", "window", "rope", "rope_scale", "
 def fusible(model: nn.Module) -> bool:
     """Whether the fused step is this model's: its fields, its weights, its caches, and no hooks."""
     for part, known in ((model.args, SIZES), *((kind, KIND) for kind in model.args.kinds)):
-        fields = [field for field in dataclasses.fields(part) if field.name not in known]
-        if any(getattr(part, field.name) != field.default for field in fields):
+        fields = (f for f in dataclasses.fields(part) if f.name not in known)
+        if any(getattr(part, f.name) != f.default for f in fields):
             return False
     modules = [*model.modules()]
     linears = [module for module in modules if hasattr(module, "tiles")]
@@ -598,9 +580,8 @@ def fuse(model: nn.Module, pdl: bool = False) -> Callable | None:
         return None
     layers = []
     for layer in model.layers:
-        attention, ffn = layer.attention, layer.feed_forward
-        linears = attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2
-        layers.append((layer, *map(weight_of, linears)))
+        a, f = layer.attention, layer.feed_forward
+        layers.append((layer, *map(weight_of, (a.wqkv, a.wo, f.w1, f.w3, f.w2))))
     output = weight_of(model.output)
 
     def step(idx: Tensor, input_pos: Tensor, kv_len: int, last: Tensor | None = None) -> tuple:
@@ -608,14 +589,9 @@ def fuse(model: nn.Module, pdl: bool = False) -> Callable | None:
             return model(idx, input_pos, kv_len, last)
         x = model.tok_embeddings(idx.flatten())  # [B * T, dim]
         for layer, wqkv, wo, w1, w3, w2 in layers:
-            attention, kind = layer.attention, layer.attention.kind
             qkv = linear(x, wqkv, norm=layer.attention_norm, pdl=pdl)
-            qkv = qkv.view(*idx.shape, -1, kind.head_dim)
-            caches = attention.kv_cache.k_cache, attention.kv_cache.v_cache
-            norms = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
-            q = rotate_write(qkv, input_pos, attention.freqs_cis, *norms, attention.eps, *caches)
-            scale = kind.scale or kind.head_dim**-0.5
-            y = attend(q, *caches, input_pos, scale, kind.window, None)
+            qkv = qkv.view(*idx.shape, -1, layer.attention.kind.head_dim)
+            y = layer.attention.attend_by_operators(qkv, input_pos, None)  # 3 launches
             x = linear(y.flatten(0, 1), wo, add=x, pdl=pdl)
             h = linear(x, w3, norm=layer.ffn_norm, gate=w1, pdl=pdl)
             x = linear(h, w2, add=x, pdl=pdl)
@@ -628,9 +604,5 @@ def fuse(model: nn.Module, pdl: bool = False) -> Callable | None:
 def compile_kernels(step: Callable, model: nn.Module, rows: int, tokens: int = 1) -> None:
     """Compile in threads what `step` launches for these rows, without running any of it."""
     idx = torch.zeros(rows, tokens, dtype=torch.int64, device=model.device)
-    token = compile_only.set(True)
-    try:
-        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-            step(idx, torch.full_like(idx, model.max_seq_length), model.max_seq_length)
-    finally:
-        compile_only.reset(token)
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        step(idx, torch.full_like(idx, model.max_seq_length), model.max_seq_length)
