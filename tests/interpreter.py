@@ -1,7 +1,7 @@
 """Triton's interpreter, made right for what kernels_cuda.py does; import it before that file.
 
-As it is (3.6, 3.7) it truncates float32 to bfloat16, reads an integer that becomes a bfloat16 as its
-bits, multiplies the bits of bfloat16 in `tl.dot`, and knows no inline PTX.
+As it is (3.6, 3.7) it truncates float32 to bfloat16, takes an integer that becomes a bfloat16 for
+its bits, multiplies the bits of bfloat16 in `tl.dot`, and knows no inline PTX.
 """
 
 import os
@@ -58,7 +58,9 @@ class Ptx:
             value = registers[name] if name in registers else np.uint32(int(name, 0))
             return np.ascontiguousarray(np.broadcast_to(value, shape))
 
-        for name, arguments in re.findall(r"([a-z][\w.]+) ([^;{}]+);", code.replace(".reg .b32", "reg")):
+        for name, arguments in re.findall(
+            r"([a-z][\w.]+) ([^;{}]+);", code.replace(".reg .b32", "reg")
+        ):
             if name == "reg":
                 continue
             to, *values = re.split(r",\s*", arguments)
