@@ -245,22 +245,20 @@ def rotate_kernel(
     at = 2 * tl.arange(0, PAIRS)[:, None] + tl.arange(0, 2)[None, :]
     inside, position = at < D, tl.load(positions + row)
     value = tl.load(qkv + (row * (H + 2 * KV) + head) * D + at, mask=inside, other=0.0)
-    slot = (row // T * KV * S + position) * D
-    if head < H:
-        to, gain = q + (row * H + head) * D, q_gain
-    elif head < H + KV:
-        to, gain = kc + slot + (head - H).to(tl.int64) * S * D, k_gain
-    else:
-        to, gain = vc + slot + (head - H - KV).to(tl.int64) * S * D, k_gain
+    slot = ((row // T * KV + (head - H) % KV) * S + position) * D + at
     if head < H + KV:
         floats = value.to(tl.float32)
-        if gain is not None:
+        if q_gain is not None:
             floats *= tl.rsqrt(tl.sum(floats * floats) / D + eps)
-            floats *= tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+            gains = tl.load(q_gain + at, mask=inside & (head < H), other=0.0).to(tl.float32)
+            gains += tl.load(k_gain + at, mask=inside & (head >= H), other=0.0).to(tl.float32)
+            floats *= gains
         even, odd = tl.split(floats)
         cos, sin = tl.split(tl.load(table + position * D + at, mask=inside, other=0.0))
         value = tl.join(even * cos - odd * sin, odd * cos + even * sin).to(value.dtype)
-    tl.store(to + at, value, mask=inside)
+    tl.store(q + (row * H + head) * D + at, value, mask=inside & (head < H))
+    tl.store(kc + slot, value, mask=inside & (head >= H) & (head < H + KV))
+    tl.store(vc + slot, value, mask=inside & (head >= H + KV))
 
 
 # ------------------------------------------------------------------------------------------------
