@@ -33,15 +33,35 @@ import operators
 # [U, R, W, 8, 4, E]: U chunks in flight, R times 8 rows, W warps, 8 rows, 4 threads, E elements.
 
 
+# Triton deals a warp's threads to the axes of a load from the last on, before 3.7 from the first.
+FLIPPED = tl.constexpr([int(n) for n in triton.__version__.split(".")[:2]] < [3, 7])
+
+
+@triton.jit
+def axis(SIZE: tl.constexpr, AT: tl.constexpr):
+    """0 .. SIZE - 1 along one of the six axes of a tile."""
+    BEFORE: tl.constexpr = 4 - AT if FLIPPED and AT < 5 else AT
+    i = tl.arange(0, SIZE)
+    for _ in tl.static_range(BEFORE):
+        i = tl.expand_dims(i, 0)
+    for _ in tl.static_range(5 - BEFORE):
+        i = tl.expand_dims(i, -1)
+    return i
+
+
+@triton.jit
+def upright(tile):
+    return tile.permute(4, 3, 2, 1, 0, 5) if FLIPPED else tile
+
+
 @triton.jit
 def load_weights(w, grid, n, N, chunk, chunks, PER_GROUP: tl.constexpr, E: tl.constexpr):
     """A chunk of each row n; of int4 the scale and zero of its group, too."""
-    e, inside = tl.arange(0, E)[None, None, None, None, None, :], chunk < chunks
-    at = w + (n.to(tl.int64) * chunks + chunk) * E + e
-    tiles = (tl.load(at, mask=inside, other=0, eviction_policy="evict_first"),)
+    at, inside = w + (n.to(tl.int64) * chunks + chunk) * E + axis(E, 5), chunk < chunks
+    tiles = (upright(tl.load(at, mask=inside, other=0, eviction_policy="evict_first")),)
     if PER_GROUP:
         at = grid + chunk // PER_GROUP * N + n
-        tiles = tiles + (tl.load(at, mask=inside, other=0, eviction_policy="evict_first"),)
+        tiles += (upright(tl.load(at, mask=inside, other=0, eviction_policy="evict_first")),)
     return tiles
 
 
@@ -75,8 +95,7 @@ def two_codes(words, grid, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
     """The 4-bit codes at bits 0 and 16, times their scale, plus their zero."""
     if BACKEND == "cuda":
         ASM: tl.constexpr = PTX_BF16 if DTYPE == tl.bfloat16 else PTX_FP16
-        twice = (grid & 0xFFFF) | (grid << 16), ((grid >> 16) & 0xFFFF) | (grid & -65536)
-        args = (words, twice[0], twice[1])
+        args = words, (grid & 0xFFFF) | (grid << 16), ((grid >> 16) & 0xFFFF) | (grid & -65536)
         pair = tl.inline_asm_elementwise(ASM, "=r,r,r,r", args, tl.int32, is_pure=True, pack=1)
         return halves(pair, DTYPE)
     scale, zero = halves(grid, DTYPE)
@@ -146,16 +165,9 @@ def linear_kernel(
     applied to the sums. S pieces of C columns of x belong to a chunk of weights.
     """
     STEP: tl.constexpr = U * W * 4
-    m, n0 = tl.program_id(0) * X + tl.arange(0, X), tl.program_id(1) * 8 * R
-    u = tl.arange(0, U)[:, None, None, None, None, None]
-    r = tl.arange(0, R)[None, :, None, None, None, None]
-    s = tl.arange(0, S)[None, :, None, None, None, None]
-    warp = tl.arange(0, W)[None, None, :, None, None, None]
-    row = tl.arange(0, 8)[None, None, None, :, None, None]
-    t = tl.arange(0, 4)[None, None, None, None, :, None]
-    column = tl.arange(0, C)[None, None, None, None, None, :]
-    n, chunk = tl.minimum(n0 + r * 8 + row, N - 1), (u * W + warp) * 4 + t
-    token = m[None, None, None, :, None, None]
+    m0, n0 = tl.program_id(0) * X, tl.program_id(1) * 8 * R
+    row, chunk = n0 + axis(R, 1) * 8 + axis(8, 3), (axis(U, 0) * W + axis(W, 2)) * 4 + axis(4, 4)
+    n, token = tl.minimum(row, N - 1), m0 + axis(X, 3)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tiles = load_weights(w, grid, n, N, chunk, chunks, PER_GROUP, E)
@@ -169,13 +181,12 @@ def linear_kernel(
         next_tiles = load_weights(w, grid, n, N, chunk + STEP, chunks, PER_GROUP, E)
         if w3 is not None:
             next_tiles3 = load_weights(w3, grid3, n, N, chunk + STEP, chunks, PER_GROUP, E)
-        at, inside = (chunk * S + s) * C + column, (chunk < chunks) & (token < rows)
-        xs = tl.load(x + token * chunks * (S * C) + at, mask=inside, other=0)
+        at, inside = (chunk * S + axis(S, 1)) * C + axis(C, 5), (chunk < chunks) & (token < rows)
+        xs = upright(tl.load(x + token * chunks * (S * C) + at, mask=inside, other=0))
         if gain is not None:
             floats = xs.to(tl.float32)  # [U, S, W, X, 4, C]
             squares += tl.sum(tl.sum(tl.sum(floats * floats, 5), 1), 0)
-            at, inside = tl.broadcast_to(at, xs.shape), tl.broadcast_to(chunk < chunks, xs.shape)
-            gains = tl.load(gain + at, mask=inside, other=0.0)
+            gains = upright(tl.load(gain + at + token * 0, mask=inside, other=0.0))
             xs = (floats * gains.to(tl.float32)).to(xs.dtype)
         xs = x_operand(xs, SCHEME)
         ws = weight_operand(tiles, SCHEME, xs.dtype, BACKEND)
@@ -184,7 +195,7 @@ def linear_kernel(
             ws = weight_operand(tiles3, SCHEME, xs.dtype, BACKEND)
             sums3, tiles3 = tl.dot(ws, xs, sums3, out_dtype=sums.dtype), next_tiles3
         chunk += STEP
-    n, m = (n0 + tl.arange(0, 8 * R))[:, None], m[None, :]
+    n, m = (n0 + tl.arange(0, 8 * R))[:, None], (m0 + tl.arange(0, X))[None, :]
     factor = 1.0
     if gain is not None:
         factor = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / (chunks * (S * C)) + eps)[None, :]
@@ -548,11 +559,10 @@ def fusible(model: nn.Module) -> bool:
         if any(getattr(part, f.name) != f.default for f in fields):
             return False
     modules = [*model.modules()]
-    linears = [module for module in modules if hasattr(module, "tiles")]
     return (
         model.args.qk_norm in ("", "head")
         and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-        and all(m.tiles is not None and not hasattr(m, "scales_a8") for m in linears)
+        and all(getattr(m, "tiles", m) is not None and not hasattr(m, "scales_a8") for m in modules)
         and all(kind_of(f.feed_forward.w1) == kind_of(f.feed_forward.w3) for f in model.layers)
         and all(layer.attention.kv_cache.has_kernels for layer in model.layers)
     )
