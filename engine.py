@@ -231,6 +231,9 @@ class Engine:
         model, began = self.model, time.perf_counter()
         if self.decode_step is self.fused:
             return 0.0
+        compile_kernels = getattr(kernels_for(model.device.type), "compile_kernels", None)
+        if compile_kernels and self.uncaptured_step in (self.fused, model):
+            compile_kernels(self.uncaptured_step, model, rows)  # in threads, before they are run
         passes = [(T, False) for T in ((1, 2) if verify else (1,))]
         passes += [(T, True) for T in (1, 2, FEW_ROWS + 1) if self.compile_prefill]
         for T, prefill in passes:

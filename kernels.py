@@ -12,17 +12,15 @@ compiler or in other dtypes PyTorch's own operations run.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import operators  # noqa: F401  the schemas of what kernels.cpp implements
+import operators
 from build_cpp import load_extension
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -55,21 +53,6 @@ def take_cache(cache: Tensor) -> bool:
     return fits and cache.shape[3] % 2 == 0 and cache.shape[3] <= 256 and load()
 
 
-# What the C++ model computes. Any other property of ModelArgs and LayerKind must have its default.
-FUSED = {"dim", "n_layer", "vocab_size", "block_size", "intermediate_size", "kinds", "layers"}
-FUSED |= {"norm_eps", "qk_norm", "tied", "biases"}
-FUSED |= {"n_head", "n_local_heads", "head_dim", "window", "rope", "rope_scale", "scale"}
-
-
-def takes_model(args: Any) -> bool:
-    """Whether the C++ model computes all that these ModelArgs ask for."""
-    for part in (args, *args.kinds):
-        for field in dataclasses.fields(part):
-            if field.name not in FUSED and getattr(part, field.name) != field.default:
-                return False
-    return args.qk_norm in ("", "head")
-
-
 def fuse(model: nn.Module) -> Callable | None:
     """One call that runs a whole model with packed weights on its caches; None where it cannot.
 
@@ -81,7 +64,7 @@ def fuse(model: nn.Module) -> Callable | None:
     attentions = [layer.attention for layer in model.layers]
     fits = all(linear.tiles is not None for linear in linears)
     fits = fits and all(attention.kv_cache.has_kernels for attention in attentions)
-    fits = fits and takes_model(model.args)
+    fits = fits and operators.fusible(model.args)
     if not fits or any(module._forward_hooks for module in model.modules()):
         return None
     tensors = dict(model.named_parameters()) | dict(model.named_buffers(remove_duplicate=False))

@@ -12,7 +12,6 @@ launches. Nothing here waits for the device, so a CUDA graph can hold all of it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -546,21 +545,11 @@ def take_cache(cache: Tensor) -> bool:
     return cache.shape[3] % 2 == 0 and cache.shape[3] <= 512 and served(cache)
 
 
-# What the fused step knows of a ModelArgs; any other field must have its default.
-SIZES = {"dim", "n_layer", "vocab_size", "block_size", "intermediate_size", "kinds", "layers"}
-SIZES |= {"norm_eps", "tied", "biases", "qk_norm"}
-KIND = {"n_head", "n_local_heads", "head_dim", "window", "rope", "rope_scale", "scale"}
-
-
 def fusible(model: nn.Module) -> bool:
-    """Whether the fused step is this model's: its fields, its weights, its caches, and no hooks."""
-    for part, known in ((model.args, SIZES), *((kind, KIND) for kind in model.args.kinds)):
-        fields = (f for f in dataclasses.fields(part) if f.name not in known)
-        if any(getattr(part, f.name) != f.default for f in fields):
-            return False
+    """Whether the fused step is this model's: its family, its weights, its caches, and no hooks."""
     modules = [*model.modules()]
     return (
-        model.args.qk_norm in ("", "head")
+        operators.fusible(model.args)
         and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         and all(getattr(m, "tiles", m) is not None and not hasattr(m, "scales_a8") for m in modules)
         and all(kind_of(f.feed_forward.w1) == kind_of(f.feed_forward.w3) for f in model.layers)

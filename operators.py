@@ -1,4 +1,4 @@
-"""The project's own operators: their schemas, and the shapes that they return.
+"""The project's own operators: their schemas, the shapes they return, and what can be fused.
 
 kernels.py implements them in C++ for CPUs, kernels_cuda.py in Triton for GPUs. torch.compile and
 torch.cuda.graph see opaque calls. The operators take whole KV caches, never views, so that no
@@ -6,6 +6,9 @@ compiled code clones a cache.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,3 +51,18 @@ for schema in SCHEMAS:
     library.define(schema)
 for name, fake in FAKES.items():
     torch.library.register_fake(f"tokenbus::{name}", fake, lib=library)
+
+# What the fused models of both files compute: blocks of Llama, Qwen2 and Qwen3. Any other property
+# of ModelArgs and LayerKind must have its default.
+FUSED = {"dim", "n_layer", "vocab_size", "block_size", "intermediate_size", "kinds", "layers"}
+FUSED |= {"norm_eps", "qk_norm", "tied", "biases"}
+FUSED |= {"n_head", "n_local_heads", "head_dim", "window", "rope", "rope_scale", "scale"}
+
+
+def fusible(args: Any) -> bool:
+    """Whether the fused models compute all that these ModelArgs ask for."""
+    for part in (args, *args.kinds):
+        for field in dataclasses.fields(part):
+            if field.name not in FUSED and getattr(part, field.name) != field.default:
+                return False
+    return args.qk_norm in ("", "head")

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import families
-import kernels
+import operators
 from checkpoint import load_state
 from engine import Engine, Sampling, generate, load_model
 from families import from_config
@@ -304,13 +304,13 @@ def test_tensors_have_to_be_arranged_as_the_family_says(published, change, tmp_p
 
 
 def test_the_kernel_of_a_whole_model_takes_no_property_that_it_does_not_compute():
-    taken = {family for family in CASES if kernels.takes_model(args_of(family))}
+    taken = {family for family in CASES if operators.fusible(args_of(family))}
     assert taken == {"mistral", "qwen2", "qwen3", "smollm3", "phi3", "seed_oss", "ernie4_5"}
     computed = {"qk_norm", "biases", "norm_eps", "window", "scale", "rope_scale", "layers"}
     for family, name in CONTROLS:
         args, without = args_of(family), left_out(args_of(family))
         if len(without.keys() - computed - {"rope of kind 0", "rope of kind 1"}) == 1:
-            assert not kernels.takes_model(args), (family, name)
+            assert not operators.fusible(args), (family, name)
 
 
 def test_the_kernel_of_a_whole_model_takes_no_property_that_is_added_later():
@@ -320,8 +320,8 @@ def test_the_kernel_of_a_whole_model_takes_no_property_that_is_added_later():
 
     args = args_of("qwen3")
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    assert kernels.takes_model(Later(**fields))
-    assert not kernels.takes_model(Later(**fields, novelty=0.5))
+    assert operators.fusible(Later(**fields))
+    assert not operators.fusible(Later(**fields, novelty=0.5))
 
 
 # ------------------------------------------------------------------------------------------------
