@@ -1,10 +1,11 @@
-"""The files of a checkpoint: where the default one is, and what is wrong with a state dict."""
+"""The files of a checkpoint: the default one, what is wrong with one, and writing a large one."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,51 @@ def check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor
             raise UserError(f"{path}: {name} is {found}, not {wanted}; {ADVICE}")
     for name in state.keys() - expected.keys():
         raise UserError(f"{path} holds {name}, which this model does not have; {ADVICE}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing a state dict tensor by tensor
+
+
+class StateFile:
+    """A file as torch.save writes it, whose tensors get their values one by one, in any order.
+
+    torch.save lays it out without values, torch.load says where each tensor lies, as in
+    https://docs.pytorch.org/tutorials/unstable/gpu_direct_storage.html. The zip's checksums stay 0;
+    torch.load does not read them. `layout` gives shapes and dtypes. UserError if the disk has no
+    room for it.
+    """
+
+    def __init__(self, path: Path, layout: dict[str, Tensor]):
+        # What is never touched takes no memory.
+        empty = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in layout.items()}
+        size, free = sum(t.nbytes for t in empty.values()), shutil.disk_usage(path.parent).free
+        if size > free:
+            raise UserError(
+                f"cannot write {size / 1e9:.1f} GB to {path.parent}, where {free / 1e9:.1f} GB are "
+                "free; make room there"
+            )
+        try:
+            with torch.serialization.skip_data(), open(path, "wb") as file:
+                torch.save(empty, file)  # to an open file: the archive would hold the name
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"cannot write {path} ({reason}); is the disk full?") from None
+        self.places = torch.load(path, map_location="meta", weights_only=True)
+        self.file = open(path, "r+b")
+
+    def write(self, place: Tensor, values: Tensor) -> None:
+        """Write `values` to a place: one of `places`, or what indexing it gives."""
+        if not place.is_contiguous():
+            for piece, value in zip(place, values, strict=True):
+                self.write(piece, value)
+            return
+        offset = place.storage_offset() * place.itemsize
+        self.file.seek(place.untyped_storage()._checkpoint_offset + offset)
+        self.file.write(values.to(place.dtype).contiguous().view(torch.uint8).numpy())
+
+    def __enter__(self) -> StateFile:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()

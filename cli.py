@@ -173,6 +173,7 @@ def renaming(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`, renamed onto it afterwards; of a link, onto where it leads."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -180,6 +181,9 @@ def renaming(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        with contextlib.suppress(OSError):
+            for folder in missing:  # none that something is in
+                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -274,7 +274,8 @@ def generate(
     samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
     generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
     texts, alive = [[*prompt] for prompt in prompts], [len(prompt) > 0 for prompt in prompts]
-    input_pos = torch.tensor([[len(text)] for text in texts], device=model.device)  # [B, 1]
+    places = [[len(text) or model.max_seq_length] for text in texts]  # nothing writes over others
+    input_pos = torch.tensor(places, device=model.device)  # [B, 1]
     if not any(alive):
         return
     logits, ahead = engine.prefill(prompts, start), engine.launches_ahead and not shape_logits
@@ -287,7 +288,7 @@ def generate(
         return output.logits[:, 0]
 
     for left in reversed(range(max_new_tokens)):
-        shaped = logits.clone() if shape_logits else logits
+        shaped = logits.to(torch.float32, copy=True) if shape_logits else logits
         for row in itertools.compress(rows, alive) if shape_logits else ():
             shaped[row] = shape_logits(row, texts[row], logits[row].clone())
         ids = sample(shaped, samplings, generators)  # [B]

@@ -3,14 +3,15 @@
     python generate.py --prompt "Hello, my name is"
 
 Text goes to standard output, statistics to standard error. This file is the command line; engine.py
-runs the model. `speculate.py`, `prefill_cache.py`, `tp.py` and `ranges.py` are needed for their
-flags only.
+runs the model. `chat.py`, `jsonl.py`, `speculate.py`, `prefill_cache.py`, `tp.py` and `ranges.py`
+are needed for their flags only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
+import itertools
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,22 @@ from cli import (
     replacing,
     run,
 )
-from engine import FEW_ROWS, Engine, Sampling, allocate_cache, generate, load, synchronize
+from engine import FEW_ROWS, Engine, allocate_cache, generate, load, synchronize
 from linear import kernels_for
 from model import Transformer
-from tokenizer import StreamDecoder, Tokenizer
+from prompts import check_prompt, initial_messages, read_context, tokenize, user_message
+from settings import Settings, add_text_flags, check_settings
+from shaping import (
+    Reply,
+    describe,
+    run_replies,
+    score_prompt,
+    table,
+)
+from tokenizer import Tokenizer
 
 tp, speculation, prefill_cache = map(optional, ("tp", "speculate", "prefill_cache"))
+chat, jsonl = map(optional, ("chat", "jsonl"))
 
 
 def on_rank0(make):
@@ -49,29 +61,6 @@ def on_rank0(make):
 
 # ------------------------------------------------------------------------------------------------
 # Prompts in, text and figures out
-
-
-def tokenize(tokenizer: Tokenizer, messages: list[dict], chat: bool) -> list[int]:
-    """The prompt that a conversation makes, in the model's chat format or as plain text."""
-    if chat:
-        return tokenizer.chat(messages)
-    return tokenizer.encode("".join(message["content"] for message in messages))
-
-
-def check_prompt(prompt: list[int], model: Transformer, what: str = "prompt") -> None:
-    """Raise a `UserError` if the model cannot take this prompt."""
-    if not prompt:
-        raise UserError("the prompt is empty and this model has no BOS token; pass a text")
-    if max(prompt) >= model.args.vocab_size:
-        raise UserError(
-            f"the {what} has the token {max(prompt)} and the model only {model.args.vocab_size}; "
-            "put the model's own tokenizer beside it"
-        )
-    if len(prompt) > model.max_seq_length:
-        raise UserError(
-            f"the {what} has {len(prompt)} tokens and the cache {model.max_seq_length} positions; "
-            f"shorten it or raise --max_seq_length, which may be up to {model.args.block_size}"
-        )
 
 
 def is_random_prompt(prompt: str) -> bool:
@@ -104,62 +93,11 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
     ]
 
 
-def initial_messages(args: Namespace) -> list[dict]:
-    """The messages that every conversation starts with: the context, then the system prompt."""
-    content = "\n\n".join(filter(None, (args.prefill_context, args.system_prompt)))
-    return [{"role": "system", "content": content}] if content else []
-
-
-def read_context(args: Namespace, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of the context; a prompt's first letters may change the last of them.
-
-    In the chat format they are what the conversations of two different users share.
-    """
-    if not args.prefill_context:
-        return []
-    if not args.chat:
-        return tokenize(tokenizer, initial_messages(args), chat=False)
-    chats = [
-        tokenize(tokenizer, [*initial_messages(args), user_message(text)], chat=True)
-        for text in ("a", "b")
-    ]
-    return os.path.commonprefix(chats)
-
-
-def user_message(text: str) -> dict:
-    """A message of the user's, as chat templates want it."""
-    return {"role": "user", "content": text}
-
-
-TTY_LINE = 4095  # bytes: Linux drops what is longer on a line that the terminal itself edits
-
-
-def edits_lines() -> bool:
-    """Whether `input` has the keys of a shell and no limit on a line: that takes `readline`."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return False
-    try:
-        import readline  # noqa: F401  its presence is all that `input` asks for
-    except ImportError:
-        return False
-    return True
-
-
-def read_line() -> str:
-    """What the user types next: /quit at the end of the input, nothing after Ctrl-C."""
-    whole = edits_lines() or not sys.stdin.isatty()
-    try:
-        text = input("> ")
-    except EOFError:
-        return "/quit"
-    except KeyboardInterrupt:
-        print()
-        return ""
-    if not whole and len(text.encode(errors="replace")) >= TTY_LINE:
-        cut = f"the terminal may have cut this line at {TTY_LINE} bytes, so it was not used"
-        print(f"{cut}; pipe the text in, or leave standard output alone", file=sys.stderr)
-        return ""
-    return text.strip()
+def note(args: Namespace, figures: str) -> None:
+    """Print statistics: dim on a terminal, and not at all with --quiet."""
+    if not args.quiet:
+        text = f"[{figures}]"
+        print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 class Session:
@@ -171,66 +109,65 @@ class Session:
         self.records: list[dict] = []  # the statistics of each run
         self.texts = 0  # made so far: each has a seed of its own
 
-    def generate_and_print(
-        self, prompts: list[list[int]], start: int = 0
-    ) -> tuple[list[list[int]], dict]:
-        """Generate for each prompt; a batch of one is printed as it is made.
-
-        Returns the new tokens of each prompt, and the statistics.
-        """
-        args, tokenizer = self.args, self.tokenizer
-        padding = [[]] * (args.batch_size - len(prompts))  # another size would compile anew
-        rows: list[list[int]] = [[] for _ in prompts]
-        stream, show = StreamDecoder(tokenizer, prompts[0]), args.batch_size == 1
-        seeds = [args.seed + self.texts + i for i in range(args.batch_size)]
-        self.texts += len(prompts)
-        run, what = generate, self.engine
+    @property
+    def decode(self) -> Callable[..., Iterator]:
+        """`engine.generate` or `speculate.speculate`, of what runs the model."""
         if self.speculator:
-            run, what = speculation.speculate, self.speculator
-        options = dict(until=lambda _row, token: token in tokenizer.eos_ids, seeds=seeds)
+            return functools.partial(speculation.speculate, self.speculator)
+        return functools.partial(generate, self.engine)
+
+    def generate_and_print(self, prompts: list[list[int]], start: int = 0) -> list[Reply]:
+        """Generate for each prompt; a batch of one is printed as it is made."""
+        args, tokenizer, model = self.args, self.tokenizer, self.engine.model
+        padding = [[]] * (args.batch_size - len(prompts))  # another size would compile anew
+        seeds = itertools.count(args.seed + self.texts)
+        pairs = zip(prompts + padding, seeds, strict=False)
+        replies = [Reply(tokenizer, model, prompt, args, seed) for prompt, seed in pairs]
+        self.texts += len(prompts)
+        scores = []
+        if args.prompt_logprobs:
+            scores = [score_prompt(self.engine, prompt, args.logprobs or 0) for prompt in prompts]
         times = [time.perf_counter()]
         try:
-            for tokens in run(
-                what,
-                prompts + padding,
-                sampling_flags(args),
-                args.max_new_tokens,
-                start=start,
-                **options,
-            ):
+            for texts in run_replies(self.decode, replies, start):
                 times.append(time.perf_counter())
-                for row, token in zip(rows, tokens, strict=False):
-                    row += [token.id] if token else []
-                if show:
-                    print(stream.push(tokens[0].id), end="", flush=True)
+                if args.batch_size == 1:
+                    print(texts[0], end="", flush=True)
         except KeyboardInterrupt:
             if not args.interactive:
                 raise
-        if show:
-            print(stream.flush())
-        record = self.measure(prompts, rows, times)
-        self.records.append(record)
-        return rows, record
+        rest = [reply.flush() for reply in replies]
+        if args.batch_size == 1:
+            print(rest[0])
+        replies = replies[: len(prompts)]
+        self.records.append(self.measure(replies, times))
+        if args.prompt_logprobs:
+            self.records[-1]["prompt_logprobs"] = [describe(tokenizer, score) for score in scores]
+        if args.logprobs is not None:
+            texts = [describe(tokenizer, reply.tokens) for reply in replies]
+            self.records[-1]["logprobs"] = texts
+        if args.batch_size == 1:
+            self.print_logprobs(0)
+        return replies
 
-    def measure(self, prompts: list[list[int]], rows: list[list[int]], times: list[float]) -> dict:
+    def print_logprobs(self, row: int) -> None:
+        """Print what is known of the tokens of one row of the last run, a token a line."""
+        for name in ("prompt_logprobs", "logprobs"):
+            if name in self.records[-1]:
+                print(f"{name}:\n{table(self.records[-1][name][row])}", file=sys.stderr)
+
+    def measure(self, replies: list[Reply], times: list[float]) -> dict:
         """Print and return the statistics of a run.
 
         `times`, in seconds, are those of the start and of the end of each step.
         """
         model, steps = self.engine.model, len(times) - 2  # decoding steps: all but the prefill's
-
-        def ending(prompt: list[int], row: list[int]) -> str:
-            if row and row[-1] in self.tokenizer.eos_ids:
-                return "end of text"
-            if len(row) == self.args.max_new_tokens:
-                return "max_new_tokens"
-            return "full cache" if len(prompt) + len(row) > model.max_seq_length else "Ctrl-C"
-
-        record: dict = {"prompt_tokens": [*map(len, prompts)], "new_tokens": [*map(len, rows)]}
-        cached = len(prompts) * self.engine.cached_tokens
+        record: dict = {"prompt_tokens": [len(reply.prompt) for reply in replies]}
+        record["new_tokens"] = [len(reply.tokens) for reply in replies]
+        cached = len(replies) * self.engine.cached_tokens
         record["prefilled_tokens"] = sum(record["prompt_tokens"]) - cached
-        record["ended_by"] = [*map(ending, prompts, rows)]
-        line = f"[{sum(record['prompt_tokens'])} prompt tokens, {sum(record['new_tokens'])} new"
+        record["ended_by"] = [reply.ended_by or "Ctrl-C" for reply in replies]
+        line = f"{sum(record['prompt_tokens'])} prompt tokens, {sum(record['new_tokens'])} new"
         line += f", ended by {', '.join(sorted(set(record['ended_by'])))}"
         if steps >= 0:
             record["first_token_s"] = times[1] - times[0]
@@ -248,7 +185,7 @@ class Session:
             record["mean_accepted"] = accepted / max(sum(histogram), 1)
             line += f"; {record['tokens_per_s']:.1f} tokens/s; steps that accepted 0 to "
             line += f"{len(histogram) - 1}: {histogram}, mean {record['mean_accepted']:.2f}"
-        print(line + "]", file=sys.stderr)
+        note(self.args, line)
         return record
 
     def complete(self, prompts: list[list[int]]) -> None:
@@ -263,37 +200,11 @@ class Session:
             group = prompts[first : first + args.batch_size]
             if echo and args.batch_size == 1:
                 print(decode(group[0]), end="", flush=True)
-            rows, _ = self.generate_and_print(group)
-            if args.batch_size > 1:
-                for i, (prompt, row) in enumerate(zip(group, rows, strict=True), first):
-                    text = decode(prompt + row) if echo else self.tokenizer.decode(row)
-                    print(f"--- {i}\n{text}")
-
-    def converse(self) -> None:
-        """Talk until /quit or the end of the input; a turn prefills only what the cache lacks."""
-        messages, cached = initial_messages(self.args), []
-        help = "/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer"
-        print(help, file=sys.stderr)
-        while True:
-            text = on_rank0(read_line)
-            if text == "/quit":
-                return
-            if text == "/reset":
-                messages, cached = initial_messages(self.args), []
-            if text in ("", "/reset"):
-                continue
-            try:
-                prompt = tokenize(self.tokenizer, [*messages, user_message(text)], self.args.chat)
-                check_prompt(prompt, self.engine.model)
-            except UserError as error:
-                print(f"{error}, or /reset", file=sys.stderr)
-                continue
-            known = os.path.commonprefix([cached, prompt[:-1]])  # it takes lists as well as paths
-            known = known[: self.engine.rewind(len(known))]
-            (new,), _ = self.generate_and_print([prompt], len(known))
-            cached = prompt + new[:-1] if new else known  # the last token was not fed to the model
-            reply = {"role": "assistant", "content": self.tokenizer.decode(new)}
-            messages += [user_message(text), reply]
+            replies = self.generate_and_print(group)
+            for i, reply in enumerate(replies if args.batch_size > 1 else []):
+                prompt = decode(reply.prompt) if echo else ""
+                print(f"--- {first + i}\n{prompt}{reply.text}", flush=True)
+                self.print_logprobs(i)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -309,21 +220,14 @@ def make_parser() -> Parser:
     source.add_argument("--prompt", default="Hello, my name is", help=text)
     source.add_argument("--prompts_file", type=Path, help="prompts, one a line, run as a batch")
     source.add_argument("--interactive", action="store_true", help="talk with the model")
+    text = "requests on standard input, records on standard output, a JSON object a line"
+    source.add_argument("--jsonl", action="store_true", help=text)
     add("--chat", action=BooleanOptionalAction, help="wrap prompts in the model's chat format")
     add("--system_prompt", default="", help="what a chat begins with")
     add("--num_samples", type=number(int, 1), default=1, help="times to run each prompt")
     text = "rows a batch (default: 1, or the whole file)"
     add("--batch_size", type=number(int, 1, 4096), help=text)
-    add("--max_new_tokens", type=number(int, 1), default=200)
-    text = "0: always the likeliest token"
-    add("--temperature", type=number(float, 0, 100), default=0.8, help=text)
-    add("--top_k", type=number(int, 0), default=200, help="draw from the K likeliest; 0: from all")
-    share = number(float, 0, 1)
-    text = "nucleus sampling: the smallest set with total probability of at least P"
-    add("--top_p", type=share, default=1.0, metavar="P", help=text)
-    text = "drop tokens less than P times as likely as the likeliest"
-    add("--min_p", type=share, default=0.0, metavar="P", help=text)
-    add("--seed", type=number(int, 0, 2**62), default=1234)
+    add_text_flags(parser)
     about = "a text that every prompt continues, or @FILE; it is prefilled once"
     add("--prefill_context", type=context_text, metavar="TEXT", help=about)
     about = "keep prefilled contexts in this folder"
@@ -342,6 +246,7 @@ def make_parser() -> Parser:
     text = "write a chrome trace of the generation"
     add("--profile", type=output_file, metavar="FILE", help=text)
     add("--json", type=output_file, metavar="FILE", help="write the statistics as JSON")
+    add("--quiet", action="store_true", help="print no statistics")
     return parser
 
 
@@ -373,7 +278,8 @@ def check_flags(args: Namespace) -> None:
     if args.speculate_k and not args.speculating:
         raise UserError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup; add one")
     args.speculate_k = args.speculate_k or 5
-    if args.chat and not (args.prompts_file or args.interactive) and is_random_prompt(args.prompt):
+    elsewhere = args.prompts_file or args.interactive or args.jsonl
+    if args.chat and not elsewhere and is_random_prompt(args.prompt):
         raise UserError(
             f"--prompt {args.prompt} is random tokens, which no chat wraps; drop --chat"
         )
@@ -381,19 +287,21 @@ def check_flags(args: Namespace) -> None:
         raise UserError("--profile shows plain decoding; leave speculation out")
     if args.interactive and args.num_samples > 1:
         raise UserError("--interactive is one conversation; leave --num_samples out")
+    if args.interactive and args.prompt_logprobs:
+        raise UserError("--prompt_logprobs is for single prompts; leave --interactive out")
+    if args.jsonl and args.num_samples > 1:
+        raise UserError("--jsonl makes a text a request; leave --num_samples out")
     if (args.prefill_cache or args.prefill_cache_gb is not None) and not args.prefill_context:
         raise UserError("--prefill_cache and --prefill_cache_gb go with --prefill_context; add it")
     needed = {"speculate": args.speculating, "prefill_cache": args.prefill_context}
     needed |= {"ranges": args.profile, "tp": int(os.environ.get("WORLD_SIZE", 1)) > 1}
+    needed |= {"chat": args.interactive, "jsonl": args.jsonl}
     flags = dict(speculate="speculation", prefill_cache="--prefill_context", ranges="--profile")
+    flags |= dict(chat="--interactive", jsonl="--jsonl")
     for name in needed:
         if needed[name] and optional(name) is None:
             what = flags.get(name, "torchrun")
             raise UserError(f"{what} needs {name}.py; put it beside generate.py")
-
-
-def sampling_flags(args: Namespace) -> Sampling:
-    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
 
 
 def start_engines(
@@ -430,13 +338,16 @@ def main(args: Namespace) -> None:
     synchronize(device)
     load_s = time.perf_counter() - began
 
-    prompts = [] if args.interactive else read_prompts(args, tokenizer, model.args.vocab_size)
+    check_settings(args, model)
+    elsewhere = args.interactive or args.jsonl
+    prompts = [] if elsewhere else read_prompts(args, tokenizer, model.args.vocab_size)
     args.batch_size = args.batch_size or (len(prompts) if args.prompts_file else 1)
     if not args.prompts_file:
         prompts *= args.batch_size
     context = read_context(args, tokenizer)
     longest = max(map(len, prompts), default=0) + args.max_new_tokens
-    length = args.max_seq_length or min(max(longest, len(context) + 2048), model.args.block_size)
+    longest = max(longest, len(context) + 2048, 8192 if args.jsonl else 0)
+    length = args.max_seq_length or min(longest, model.args.block_size)
     if length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     allocate_cache(model, args.batch_size, length)
@@ -452,9 +363,8 @@ def main(args: Namespace) -> None:
     engine, speculator = start_engines(model, draft, args)
     warm_up_s = time.perf_counter() - began
     session = Session(engine, speculator, tokenizer, args)
-    context_figures = prefill_context(
-        cache, context, speculator.engines if speculator else [engine]
-    )
+    engines = speculator.engines if speculator else [engine]
+    context_figures = prefill_context(args, cache, context, engines)
 
     run_session(session, prompts)
     communication = shard.cost(model, args.batch_size) if shard and not speculator else {}
@@ -464,8 +374,8 @@ def main(args: Namespace) -> None:
     settings |= {"precision": args.precision, "compile": args.compile}
     lookup = "prompt lookup" if args.prompt_lookup else ""
     settings |= {"draft": str(args.draft_checkpoint_path or lookup)}
-    settings |= {name: getattr(args, name) for name in ("speculate_k", "seed")}
-    settings |= dataclasses.asdict(sampling_flags(args)) | context_figures | communication
+    settings |= {name: getattr(args, name) for name in ("speculate_k", *Settings().defaults)}
+    settings |= context_figures | communication
     report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
 
 
@@ -477,7 +387,13 @@ def run_session(session: Session, prompts: list[list[int]]) -> None:
             stack.enter_context(optional("ranges").traced(session.engine))
             profiler = stack.enter_context(torch.profiler.profile())
         if args.interactive:
-            session.converse()
+            chat.converse(session, on_rank0)
+        elif args.jsonl:
+            record = jsonl.serve(session, on_rank0)
+            record["tokens_per_s"] = record["new_tokens"] / max(record["seconds"], 1e-9)
+            line = "{requests} requests, {errors} errors, {new_tokens} new tokens"
+            note(args, line.format(**record))
+            session.records.append(record)
         else:
             session.complete(prompts)
     if args.profile:
@@ -493,7 +409,7 @@ def make_cache(args: Namespace) -> Any:
     return prefill_cache.PrefillCache(int(gigabytes * 1e9), args.prefill_cache)
 
 
-def prefill_context(cache: Any, context: list[int], engines: list[Engine]) -> dict:
+def prefill_context(args: Namespace, cache: Any, context: list[int], engines: list[Engine]) -> dict:
     """Give the engines a cache that holds the context, if there is one; the statistics of that."""
     if cache is None:
         return {}
@@ -511,8 +427,8 @@ def prefill_context(cache: Any, context: list[int], engines: list[Engine]) -> di
         print(f"warning: {sizes}; raise it, or one is prefilled every time", file=sys.stderr)
     figures = {"context_tokens": len(context), "context_prefilled_tokens": done}
     figures["context_s"] = time.perf_counter() - began
-    line = "[context: {} tokens, {} prefilled, {:.3f} s".format(*figures.values())
-    print(line + (", of both models]" if len(engines) > 1 else "]"), file=sys.stderr)
+    line = "context: {} tokens, {} prefilled, {:.3f} s".format(*figures.values())
+    note(args, line + (", of both models" if len(engines) > 1 else ""))
     return figures
 
 
@@ -526,7 +442,7 @@ def report(args: Namespace, records: list[dict], **totals) -> None:
     line = f"load {totals['load_s']:.2f} s, warm-up {totals['warm_up_s']:.2f} s"
     if speeds := [record["tokens_per_s"] for record in records if "tokens_per_s" in record]:
         line = f"median of {len(speeds)}: {statistics.median(speeds):.1f} tokens/s; {line}"
-    print(f"[{line}, peak memory {peak / 1e9:.2f} GB]", file=sys.stderr)
+    note(args, f"{line}, peak memory {peak / 1e9:.2f} GB")
     if args.json:
         totals |= {"peak_memory_bytes": peak, "samples": records}
         with replacing(args.json) as temporary:

@@ -260,7 +260,7 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim))
         kinds = [args.kinds[i] for i in args.layers]
         self.layers = nn.ModuleList(TransformerBlock(args, kind) for kind in kinds)
         self.norm = RMSNorm(args.dim, args.norm_eps)

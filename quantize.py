@@ -3,7 +3,7 @@
     python quantize.py --checkpoint_path checkpoints/…/model.pth --mode int4 --groupsize 32
 
 What is written says by its tensors what it is (see linear.py), so it loads like any other. The
-weights are read from the mapped file and quantized one at a time.
+weights are read from the mapped file, quantized and written one at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import gptq
-from checkpoint import check_finite, find_device
+from checkpoint import StateFile, check_finite, find_device
 from cli import Parser, UserError, add_checkpoint_flags, number, replacing, run
 from engine import load_model
 from linear import Linear, linear_for, pack_int4
@@ -26,6 +26,7 @@ from model import Transformer
 from tokenizer import Tokenizer
 
 GROUP_SIZES = (32, 64, 128, 256)
+MARKERS = {"int8": "scales", "int8-activation": "scales_a8", "int4": "scales_and_zeros"}
 INT8_IN_HYBRID = ("layers.*.attention.wo", "layers.*.feed_forward.w1", "output")
 
 # ------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def quantize(
     """The stored tensors of one Linear; a Hessian `[in, in]` makes int4 by GPTQ."""
     if scheme != "int4":
         codes, scales = quantize_int8(weight)
-        return {"weight": codes, "scales" if scheme == "int8" else "scales_a8": scales}
+        return {"weight": codes, MARKERS[scheme]: scales}
     if hessian is None:
         packed, grid = quantize_int4(weight, groupsize)
     else:
@@ -98,12 +99,14 @@ def dequantize(linear: Linear, tensors: dict[str, Tensor]) -> Tensor:
 # Which Linear is stored how
 
 
-def choose_schemes(names: list[str], args: Namespace) -> dict[str, str]:
+def choose_schemes(
+    names: list[str], mode: str, critical_layers: list[str] | None = None
+) -> dict[str, str]:
     """The scheme of every Linear, by its name; `UserError` on a layer that the model lacks."""
-    if args.mode != "hybrid":
-        return dict.fromkeys(names, "int4" if args.mode == "int4-gptq" else args.mode)
+    if mode != "hybrid":
+        return dict.fromkeys(names, "int4" if mode == "int4-gptq" else mode)
     critical = []
-    for entry in args.critical_layers or INT8_IN_HYBRID:
+    for entry in critical_layers or INT8_IN_HYBRID:
         critical += read_text(Path(entry[1:])).split() if entry.startswith("@") else [entry]
     schemes = dict.fromkeys(names, "int4")
     for pattern in (pattern.removesuffix(".weight") for pattern in critical):
@@ -136,28 +139,53 @@ def check_groups(linears: dict[str, Linear], schemes: dict[str, str], groupsize:
             )
 
 
-def file_name(args: Namespace) -> str:
+def file_name(mode: str, groupsize: int, custom: bool = False, stem: str = "model_") -> str:
     """The published name of the new file, such as model_int4.g32.pth."""
-    kind = args.mode
-    if args.mode == "hybrid":
-        kind = "custom_hybrid_int8_int4" if args.critical_layers else "hybrid_int8_int4"
-    if not args.mode.startswith("int8"):
-        kind += f".g{args.groupsize}"
-    return f"{args.checkpoint_path.stem}{args.label}{kind}.pth"
+    kind = mode
+    if mode == "hybrid":
+        kind = "custom_hybrid_int8_int4" if custom else "hybrid_int8_int4"
+    if not mode.startswith("int8"):
+        kind += f".g{groupsize}"
+    return f"{stem}{kind}.pth"
 
 
 # ------------------------------------------------------------------------------------------------
 # The whole checkpoint
 
 
+def stored_layout(model: Transformer, schemes: dict[str, str], groupsize: int) -> dict[str, Tensor]:
+    """The state dict of this model with its Linears in these schemes, without their values."""
+    layout = model.state_dict()
+    for name, scheme in schemes.items():
+        linear = model.get_submodule(name)
+        with torch.device("meta"):
+            plain = Linear(linear.in_features, linear.out_features)
+            groups = torch.empty(linear.in_features // groupsize, 0)
+        tensors = linear_for(plain, {MARKERS[scheme]: groups}).state_dict()
+        layout |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    return layout
+
+
+def write_linear(
+    file: StateFile, name: str, tensors: dict[str, Tensor], rows: slice = slice(None)
+) -> None:
+    """Write the stored tensors of these rows of a Linear."""
+    for key, tensor in tensors.items():
+        place = file.places[f"{name}.{key}"]
+        file.write(place[:, rows] if key == "scales_and_zeros" else place[rows], tensor.cpu())
+
+
 def quantize_model(
-    model: Transformer, schemes: dict[str, str], sequences: list[Tensor] | None, args: Namespace
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[float]]]:
-    """The stored tensors of every Linear, and the squared errors of the weights by scheme.
+    model: Transformer,
+    schemes: dict[str, str],
+    sequences: list[Tensor] | None,
+    file: StateFile,
+    args: Namespace,
+) -> dict[str, list[float]]:
+    """Write all tensors to `file`; return the squared errors of the weights by scheme.
 
     With calibration `sequences` of token ids, int4 is made by GPTQ.
     """
-    stored: dict[str, dict[str, Tensor]] = {}
     errors: dict[str, list[float]] = {scheme: [] for scheme in schemes.values()}
     options = {"percdamp": args.percdamp, "blocksize": args.blocksize, "act_order": args.act_order}
 
@@ -166,31 +194,34 @@ def quantize_model(
         tensors = quantize(weight, schemes[name], args.groupsize, hessian, **options)
         result = dequantize(model.get_submodule(name), tensors)
         errors[schemes[name]].append((result - weight.float()).square().mean().item())
-        stored[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
+        write_linear(file, name, tensors)
         return result
 
     for key, tensor in model.state_dict().items():
         if key.removesuffix(".weight") not in schemes:  # those are read one by one
             check_finite(args.checkpoint_path, key, tensor)
+            file.write(file.places[key], tensor.cpu())
     if sequences:
         gptq.quantize_blocks(model, sequences, store)
     else:
         for name in tqdm(schemes, "quantizing", unit="matrix"):
             store(name, model.get_submodule(name).weight.to(args.device))
-    return stored, errors
+    return errors
 
 
 def summary(
     source: Path,
     output: Path,
-    stored: dict[str, dict[str, Tensor]],
+    layout: dict[str, Tensor],
     model: Transformer,
     errors: dict[str, list[float]],
 ) -> str:
     """What became smaller, and what that did to the weights."""
     sizes = [path.stat().st_size / 1e6 for path in (source, output)]
-    weights = sum(model.get_submodule(name).weight.numel() for name in stored)
-    bits = 8 * sum(t.nbytes for tensors in stored.values() for t in tensors.values()) / weights
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    stored = [key for key in layout if key.rpartition(".")[0] in linears and "bias" not in key]
+    bits = 8 * sum(layout[key].nbytes for key in stored) / weights
     lines = [f"{output}: {sizes[1]:.1f} MB of {sizes[0]:.1f}, {bits:.2f} bits a weight"]
     for scheme, values in errors.items():
         mean = sum(values) / len(values)
@@ -250,7 +281,7 @@ def main(args: Namespace) -> None:
     linears = {n: module for n, module in model.named_modules() if isinstance(module, Linear)}
     if any(type(linear) is not Linear for linear in linears.values()):
         raise UserError(f"{path} is quantized already; pass the model.pth it was made of")
-    schemes = choose_schemes([*linears], args)
+    schemes = choose_schemes([*linears], args.mode, args.critical_layers)
     check_groups(linears, schemes, args.groupsize)
     sequences = None
     if by_gptq:
@@ -261,16 +292,12 @@ def main(args: Namespace) -> None:
         else:
             texts = gptq.task_texts(args.calibration_tasks, args.include_path)
         sequences = gptq.calibration_sequences(texts, encode, *shape)
-    stored, errors = quantize_model(model, schemes, sequences, args)
-    state = {}
-    for key, tensor in model.state_dict().items():
-        name, _, suffix = key.rpartition(".")
-        replaced = name in stored and suffix == "weight"
-        state |= {f"{name}.{k}": t for k, t in stored[name].items()} if replaced else {key: tensor}
-    output = path.with_name(file_name(args))
-    with replacing(output) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)  # to an open file: the archive would hold the temporary name
-    print(summary(path, output, stored, model, errors))
+    stem = f"{path.stem}{args.label}"
+    output = path.with_name(file_name(args.mode, args.groupsize, bool(args.critical_layers), stem))
+    layout = stored_layout(model, schemes, args.groupsize)
+    with replacing(output) as temporary, StateFile(temporary, layout) as file:
+        errors = quantize_model(model, schemes, sequences, file, args)
+    print(summary(path, output, layout, model, errors))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Turn a GGUF file into a checkpoint folder: `model.pth`, `config.json` and the tokenizer's files.
 
 GGUF is the format of llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Its
-weights, quantized or not, become floats again. Its metadata say what the model's published
+weights, quantized or not, become floats again, and with `--mode` are quantized as quantize.py does
+it. Its metadata say what the model's published
 configuration said; the files written here say it in the published format.
 """
 
@@ -35,7 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, replacing, run
 from families import AGAIN, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, Keys, from_config
-from scripts.convert_hf_checkpoint import PRECISIONS, assemble, check_tensors, parts, save_state
+from scripts.convert_hf_checkpoint import (
+    Target,
+    add_target_flags,
+    check_tensors,
+    parts,
+    write_state,
+)
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral models call themselves llama
 
@@ -136,7 +143,7 @@ def read_tensors(path: Path, reader: GGUFReader, dtype: torch.dtype) -> Iterator
         where = {"offset": tensor.data_offset, "shape": tensor.data.shape}
         rows = np.memmap(path, tensor.data.dtype, "r", **where)  # [out, bytes of a row]
         result = torch.empty(tensor.shape.tolist()[::-1], dtype=dtype)  # [out, in]
-        step = max(1, (1 << 20) // result[0].numel())
+        step = max(1, 2**18 // result[0].numel())
         for start in range(0, len(rows), step):
             try:
                 floats = dequantize(rows[start : start + step], tensor.tensor_type)
@@ -390,8 +397,15 @@ def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
 # The whole
 
 
-def convert(gguf_path: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Make a checkpoint in `folder` of the model in `gguf_path`; return the path of model.pth."""
+def convert(
+    gguf_path: Path,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    mode: str | None = None,
+    groupsize: int = 32,
+) -> Path:
+    """Make a checkpoint in `folder` of the model in `gguf_path`; return the path of its weights."""
+    target = Target(dtype, mode, groupsize)
     reader, meta = open_gguf(gguf_path)
     config = build_config(meta, reader, dtype)
     try:
@@ -404,25 +418,26 @@ def convert(gguf_path: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     shapes.pop("rope_freqs.weight", None)
     check_tensors(gguf_path, shapes, table)
     files = {"config.json": config} | tokenizer_files(meta)
-    state = assemble(table, read_tensors(gguf_path, reader, dtype), dtype)
-    with replacing(folder / "model.pth") as model:
-        save_state(state, model)
+    output = folder / target.file_name
+    with replacing(output) as model:
+        write_state(model, args, table, read_tensors(gguf_path, reader, dtype), target)
         for name, content in files.items():
             with replacing(folder / name) as temporary:
                 if isinstance(content, dict):
                     content = (json.dumps(content, indent=2) + "\n").encode()
                 temporary.write_bytes(content)
-        # model.pth gets its name only now: where it is, everything else is.
-    return folder / "model.pth"
+        # The weights get their name only now: where they are, everything else is.
+    return output
 
 
 def main(args: argparse.Namespace) -> None:
-    print(convert(args.gguf, args.checkpoint_dir, getattr(torch, args.precision)))
+    dtype = getattr(torch, args.precision)
+    print(convert(args.gguf, args.checkpoint_dir, dtype, args.mode, args.groupsize))
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("--gguf", type=Path, required=True, help="the file to convert")
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
+    add_target_flags(parser)
     run(main, parser)

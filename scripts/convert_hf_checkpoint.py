@@ -1,5 +1,7 @@
 """Turn a checkpoint as published on the Hugging Face hub into the one file `model.pth`.
 
+With `--mode int4` or another, the quantized file is made at once, as quantize.py makes it.
+
 Three things change: the names become Meta's, the matrices of q, k and v become one, and the rows of
 q and k go into Meta's rotary order. Hugging Face turns dimension i of a head together with
 dimension i + head_dim/2 (`rotate_half`), Meta turns neighbours: row 2i here is row i there, and row
@@ -23,12 +25,25 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import check_finite
+from checkpoint import StateFile, check_finite
 from cli import Parser, UserError, read_json, replacing, run
-from families import from_config
-from model import LayerKind, ModelArgs
+from families import Keys, from_config
+from model import LayerKind, ModelArgs, Transformer
+from quantize import (
+    GROUP_SIZES,
+    check_groups,
+    choose_schemes,
+    file_name,
+    quantize,
+    stored_layout,
+    write_linear,
+)
+from scripts.fp8 import dequantize, find_block, take_scales
+from scripts.random_weights import linears
 
 PRECISIONS = ("bfloat16", "float16", "float32")
+MODES = ("int8", "int8-activation", "int4", "hybrid")  # of quantize.py, without calibration
+ROUNDED_AT_ONCE = 2**20  # values: what rounding takes beside the tensor itself
 
 # ------------------------------------------------------------------------------------------------
 # Where every tensor goes
@@ -130,40 +145,84 @@ def check_tensors(where: Path, found: dict[str, tuple[int, ...]], table: dict[st
             )
 
 
-def assemble(
+# ------------------------------------------------------------------------------------------------
+# Writing the state dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is written: floats of `dtype`, or the Linears quantized in a `mode` of quantize.py."""
+
+    dtype: torch.dtype = torch.bfloat16
+    mode: str | None = None
+    groupsize: int = 32
+
+    def __post_init__(self):
+        if self.mode and self.dtype != torch.bfloat16:
+            raise UserError(f"--mode {self.mode} quantizes bfloat16; leave out --precision")
+
+    @property
+    def file_name(self) -> str:
+        return file_name(self.mode, self.groupsize) if self.mode else "model.pth"
+
+    def layout(self, args: ModelArgs, tied: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict without its values, and the schemes of the Linears to be quantized."""
+        with torch.device("meta"):
+            model = Transformer(args).to(self.dtype)
+        if not self.mode:
+            state = model.state_dict()
+            if tied:
+                del state["output.weight"]
+            return state, {}
+        layers = linears(model)
+        schemes = choose_schemes([*layers], self.mode)
+        check_groups(layers, schemes, self.groupsize)
+        return stored_layout(model, schemes, self.groupsize), schemes
+
+
+def write_rows(
+    state: StateFile, name: str, where: slice, rows: Tensor, schemes: dict[str, str], groupsize: int
+) -> None:
+    """Write these rows of a tensor, quantized if it is the weight of a Linear with a scheme."""
+    linear = name.removesuffix(".weight")
+    if linear in schemes:
+        write_linear(state, linear, quantize(rows, schemes[linear], groupsize), where)
+    else:
+        state.write(state.places[name][where], rows)
+
+
+def write_state(
+    path: Path,
+    args: ModelArgs,
     table: dict[str, Part],
     tensors: Iterable[tuple[Path, str, Tensor]],
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """Copy `(file, name, tensor)` triples to their places; return the state dict.
+    target: Target,
+) -> None:
+    """Write `(file, name, tensor)` triples to their places in a state dict at `path`.
 
-    Each tensor is dropped before the next is read, so memory holds one copy of the model.
+    Each tensor is dropped before the next is read, and rounded a few rows at a time: rows do not
+    depend on each other in any scheme. So memory holds one published tensor and little more.
     """
-    # Of the parts of one matrix the last counts. Nothing is touched yet: made one by one between
-    # what is read and dropped, the tensors would leave holes in memory.
-    shapes = {part.name: (part.start + part.shape[0], *part.shape[1:]) for part in table.values()}
-    state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-    for file, name, tensor in tqdm(tensors, "converting", len(table), unit="tensor"):
-        part = table[name]
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise UserError(
-                f"{file}: {name} is {tensor.dtype}, no plain floats; fetch the files again"
-            )
-        if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...] -> [H*D, ...]
-            tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2).flatten(0, 2)
-        rows = state[part.name][part.start : part.start + part.shape[0]]
-        rows.copy_(tensor)
-        check_finite(file, name, rows)
-    return state
-
-
-def save_state(state: dict[str, Tensor], path: Path) -> None:
-    """Write a state dict; `UserError` if there is no room for it."""
-    try:
-        torch.save(state, path)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"cannot write {path} ({reason}); is the disk full?") from None
+    tied = all(part.name != "output.weight" for part in table.values())
+    layout, schemes = target.layout(args, tied)
+    with StateFile(path, layout) as state:
+        for file, name, tensor in tqdm(tensors, "converting", len(table), unit="tensor"):
+            part = table[name]
+            plain = tensor.is_floating_point() and tensor.layout == torch.strided
+            if not plain or tensor.itemsize == 1:  # fp8 without its scales
+                raise UserError(
+                    f"{file}: {name} is {tensor.dtype}, no plain floats; fetch the files again"
+                )
+            if part.halves:  # [H*D, ...] -> [H, 2, D/2, ...] -> [H, D/2, 2, ...] -> [H*D, ...]
+                tensor = tensor.unflatten(0, (-1, 2, part.halves)).transpose(1, 2).flatten(0, 2)
+            start, options = part.start, (schemes, target.groupsize)
+            for rows in tensor.split(max(1, ROUNDED_AT_ONCE // tensor[0].numel())):
+                rows, where = rows.to(target.dtype), slice(start, start + len(rows))
+                check_finite(file, name, rows)
+                write_rows(state, part.name, where, rows, *options)
+                if schemes and tied and part.name == "tok_embeddings.weight":
+                    write_rows(state, "output.weight", where, rows, *options)
+                start = where.stop
 
 
 # ------------------------------------------------------------------------------------------------
@@ -233,37 +292,85 @@ def read_tensors(shards: list[Path], wanted: dict[str, Part]) -> Iterator[tuple[
             del tensor
 
 
-def convert(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write `folder`/model.pth from the published files in `folder`; return its path."""
+def dequantized(
+    tensors: Iterable[tuple[Path, str, Tensor]],
+    files: dict[str, Path],
+    block: tuple[int, int],
+    dtype: torch.dtype,
+) -> Iterator[tuple[Path, str, Tensor]]:
+    """The same tensors, those in fp8 multiplied by their scales, which lie in these `files`."""
+    for file, name, tensor in tensors:
+        if name in files:
+            with open_shard(files[name]) as (_, get_tensor):
+                scales = get_tensor(f"{name}_scale_inv")
+            if tensor.dtype != torch.float8_e4m3fn or not scales.is_floating_point():
+                raise UserError(
+                    f"{file}: {name} is {tensor.dtype} and its scales {scales.dtype}, no fp8 with "
+                    "float scales; download the original model"
+                )
+            tensor = dequantize(tensor, scales, block, dtype)
+        yield file, name, tensor
+        del tensor
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole
+
+
+def convert(
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    mode: str | None = None,
+    groupsize: int = 32,
+) -> Path:
+    """Write `folder`/model.pth, or the file of a `mode`, from the published files in `folder`.
+
+    Returns its path.
+    """
+    target = Target(dtype, mode, groupsize)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; make one with scripts/download.py")
     config = read_json(folder / "config.json")
-    args = from_config(config)
-    if "quantization_config" in config:
-        raise UserError(f"the weights in {folder} are quantized; download the original model")
+    args, block = from_config(config), find_block(Keys(config))
     table = parts(args, HF_NAMES)
     shards = find_shards(folder)
-    found = {}
+    found, files = {}, {}
     for file in shards:
         with open_shard(file) as (shapes, _):
             found |= shapes
+            files |= dict.fromkeys(shapes, file)
     # Old checkpoints carry the rotary table, and some tied ones the embedding twice.
     found = {name: found[name] for name in found if not name.endswith("rotary_emb.inv_freq")}
     if args.tied:
         found.pop("lm_head.weight", None)
+    shapes = {name: part.shape for name, part in table.items()}
+    scaled = take_scales(folder, found, shapes, block) if block else []
     check_tensors(folder, found, table)
-    state = assemble(table, read_tensors(shards, table), dtype)
-    with replacing(folder / "model.pth") as temporary:
-        save_state(state, temporary)
-    return folder / "model.pth"
+    tensors = read_tensors(shards, table)
+    if scaled:
+        scales = {name: files[f"{name}_scale_inv"] for name in scaled}
+        tensors = dequantized(tensors, scales, block, dtype)
+    output = folder / target.file_name
+    with replacing(output) as temporary:
+        write_state(temporary, args, table, tensors, target)
+    return output
 
 
 # ------------------------------------------------------------------------------------------------
 # The command line
 
 
+def add_target_flags(parser: Parser) -> None:
+    """Declare what both converters write."""
+    add = parser.add_argument
+    add("--precision", choices=PRECISIONS, default="bfloat16")
+    add("--mode", choices=MODES, help="quantize as quantize.py does, and write that file alone")
+    add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="columns that share a grid")
+
+
 def main(args: argparse.Namespace) -> None:
-    print(convert(args.checkpoint_dir, getattr(torch, args.precision)))
+    dtype = getattr(torch, args.precision)
+    print(convert(args.checkpoint_dir, dtype, args.mode, args.groupsize))
 
 
 if __name__ == "__main__":
@@ -271,5 +378,5 @@ if __name__ == "__main__":
     parser.add_argument(
         "--checkpoint_dir", type=Path, required=True, help="a folder that download.py has made"
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
+    add_target_flags(parser)
     run(main, parser)

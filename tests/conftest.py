@@ -1,5 +1,7 @@
 """What the tests share: the import path, and a tiny checkpoint made from a seed."""
 
+import functools
+import gc
 import json
 import sys
 from pathlib import Path
@@ -31,6 +33,11 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_finish():
+    """Let garbage collections pass over what imports have made: it is most of all objects."""
+    gc.freeze()
 
 
 def random_model(config: dict, dtype=torch.float32, scale=0.2) -> Transformer:
@@ -65,6 +72,14 @@ def write_checkpoint(folder: Path, config: dict = CONFIG, dtype=torch.float32) -
     write_tokenizer(folder)
     torch.save(random_model(config, dtype).state_dict(), folder / "model.pth")
     return folder / "model.pth"
+
+
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Spare the reading of lm-eval's thousands of task definitions."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    manager = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", manager)
 
 
 @pytest.fixture(scope="session")

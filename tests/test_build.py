@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import python
 
 import kernels
 from conftest import ROOT
@@ -49,7 +50,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def start(source: Path, **variables) -> subprocess.Popen:
     """A process that loads the stand-in twice and asks it for its answer."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, "-c", TWICE, source, FLAGS]
+    command = [*python(), "-c", TWICE, source, FLAGS]
     env = os.environ | variables
     return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
 
@@ -286,7 +287,7 @@ def test_a_library_shares_the_threads_of_torch(tmp_path):
         'extern "C" int answer() { return 10 * at::get_num_threads() + omp_get_max_threads(); }\n'
     )
     script = TWICE.replace("for _", "torch.set_num_threads(3)\nfor _")
-    command = [sys.executable, "-c", script, source, "-std=c++20 -fopenmp"]
+    command = [*python(), "-c", script, source, "-std=c++20 -fopenmp"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.stdout == "True\nTrue\n33\n", done.stderr
 

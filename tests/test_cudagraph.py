@@ -5,6 +5,10 @@ values to wait for.
 """
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import CONFIG, random_model
+from conftest import CONFIG, ROOT, random_model
 from cudagraph import BLOCK, Captured
 from engine import Engine, Sampling, generate, sample, send_tokens
 from linear import Linear, linear_for
@@ -264,3 +268,24 @@ def test_a_step_that_waits_is_found(name):
     logits = torch.zeros(2, 1, 300, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)), NoWaiting(), NoNumbers():
         PLANTED[name](logits, idx)
+
+
+# ---- What Inductor makes of a block for a card -------------------------------------------------
+
+
+def test_a_compiled_block_is_few_launches_and_clones_no_cache():
+    """Four of Inductor's kernels, five products, the rotation and attention's two."""
+    pytest.importorskip("triton", reason="compiles for a card")
+    names = ["bf16", "int8", "int4"]
+    script = ROOT / "tests" / "pretended_h100.py"
+    options = dict(capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, script, *names], **options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for name in names:
+        linear = f"linear_{name}"
+        order = [linear, "rotate_write", "attend", *[linear] * 4]
+        assert found[name]["operators"] == order, found[name]
+        assert found[name]["triton"] <= 4 and not found[name]["library"], found[name]
+        sizes = [eval(size.replace(",", "*")) for size in found[name]["allocated"]]
+        assert sizes and max(sizes) <= 14336, found[name]  # activations, no cache

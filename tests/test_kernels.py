@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from torch._inductor.utils import run_and_get_code
 
 import kernels
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
-from engine import Engine
+from engine import Engine, Sampling, generate, load_model
 from linear import Int4Linear, Linear, linear_for
 from model import Transformer
 from quantize import quantize
+from reuse import CachedRows
 
 SCHEMES = ["bf16", "int8", "int8-activation", "int4"]
 SHAPES = [(32, 1), (64, 50), (160, 33), (576, 96), (1536, 31)]
@@ -372,6 +374,24 @@ def test_a_prompt_of_few_tokens_and_one_of_many_share_their_arithmetic():
             assert torch.equal(engine.prefill([prompt], known), alone), (scheme, known)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_decoding_wrote_is_kept_for_the_next_request_where_its_bits_are_a_prefills(scheme):
+    def make() -> Engine:
+        model = quantized_model(CONFIG | {"hidden_size": 64, "head_dim": 16}, [scheme])
+        model.setup_caches(1, 64)
+        return Engine(model)
+
+    engine, prompt = make(), [*range(30, 50)]
+    cached, exact = CachedRows(engine, 1), scheme in ("bf16", "int8-activation")
+    options = dict(until=lambda *_: False, seeds=[0])
+    new = [token.id for (token,) in generate(engine, [prompt], Sampling(0), 8, **options)]
+    cached.keep(0, prompt, new)
+    longer = [*prompt, *new, 7]
+    assert cached.place([longer]) == ([0], len(prompt) + (7 if exact else 0))
+    start = cached.place([longer])[1]
+    assert engine.prefill([longer], start).equal(make().prefill([longer]))
+
+
 def test_padding_and_the_choice_of_logits():
     model, ids = quantized_model(SHAPE, ["bf16"]), IDS[:2, :9]
     model.pack_weights()
@@ -475,3 +495,27 @@ def test_compiled_blocks_write_the_caches_in_place():
     assert code.count("torch.ops.tokenbus.rotate_write.default(") == 1  # one block serves all
     assert "clone" not in code and "auto_functionalized" not in code
     assert cache[0, :, 5].any() and not cache[0, :, 6:].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_file_can_leave_memory_once_its_weights_are_packed(tmp_path):
+    """Of a mapped file the system drops what is clean, and nothing of it is ever written."""
+    shape = CONFIG | {"hidden_size": 384, "intermediate_size": 1024}
+    path = write_checkpoint(tmp_path, shape, torch.bfloat16)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())  # what is on the disk is clean
+    model = load_model(path, "cpu")
+    model.setup_caches(1, 64)
+    Engine(model).prefill([[1, 2, 3]])
+    assert model.output.tiles is not None
+    pages = dict.fromkeys(("Rss", "Private_Dirty", "Shared_Dirty"), 0)  # in kB
+    mapping = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if "-" in key:
+            mapping = line
+        elif str(path) in mapping and key[:-1] in pages:
+            pages[key[:-1]] += int(values[0])
+    stored = sum(module.weight.nbytes for module in model.modules() if isinstance(module, Linear))
+    assert pages["Rss"] * 1024 > 0.9 * stored
+    assert pages["Private_Dirty"] == pages["Shared_Dirty"] == 0

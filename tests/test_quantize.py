@@ -115,7 +115,7 @@ def test_a_mode_makes_its_file(run, path, tmp_path, flags, name, schemes):
         assert change.norm() / original.norm() < bound, weight_name
 
 
-def test_gptq_calibrates_on_a_task_of_lm_eval(run, path, tmp_path, monkeypatch):
+def test_gptq_calibrates_on_a_task_of_lm_eval(run, path, tmp_path, monkeypatch, few_tasks):
     monkeypatch.chdir(tmp_path)  # data_files of a task are relative to the working directory
     pages = [{"page": f"{i} is a number and so is {i + 1}, they say. " * 5} for i in range(8)]
     (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, pages)))
@@ -192,7 +192,7 @@ def test_critical_layers_from_a_file(run, path, tmp_path):
         (["--mode", "int4-gptq", "--calibration_tasks", "no_such_task"], "no_such_task"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_no_file(run, path, flags, named):
+def test_a_mistake_is_one_line_and_leaves_no_file(run, path, few_tasks, flags, named):
     code, out, err = run(*flags)
     assert code == 2 and named in err and err.count("\n") == 1 and out == ""
     assert [file.name for file in path.parent.glob("*.pth")] == ["model.pth"]

@@ -8,11 +8,11 @@ import random
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from commands import python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
@@ -505,7 +505,7 @@ def test_the_recipes_pass_flags_that_exist(script, tmp_path):
     stand_in = tmp_path / "python"
     stand_in.write_text(
         f"#!/bin/bash\nwhile [[ $1 != generate.py ]]; do shift; done\nshift\n"
-        f'exec {sys.executable} -c {shlex.quote(check)} "$@"\n'
+        f'exec {shlex.join(python())} -c {shlex.quote(check)} "$@"\n'
     )
     stand_in.chmod(0o755)
     (tmp_path / "torchrun").symlink_to(stand_in)

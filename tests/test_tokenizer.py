@@ -512,7 +512,13 @@ GREEDY = {  # what a template can do to memory and to time, most of it in a few 
 }
 
 
-@pytest.mark.parametrize("name", GREEDY)
+LONG = {"a large number", "doubling by output", "lists of themselves", "comparing those", "words"}
+LONG |= {"macros that call themselves"}  # their time runs out, not their memory
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in GREEDY]
+)
 def test_a_template_that_takes_all_memory_or_time_is_one_sentence(folders, tmp_path, capfd, name):
     write(tmp_path, "tokenizer.json", (folders["byte_level"] / "tokenizer.json").read_text())
     write(tmp_path, "chat_template.jinja", GREEDY[name])

@@ -1,5 +1,6 @@
 """Tensor parallelism: two processes give what one gives, and end together, come what may."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import python
 from tp_worker import run_case
 
 import quantize
@@ -49,24 +51,38 @@ doc_to_text: ""
 doc_to_target: "{{{{page}}}}"
 metric_list: [{{metric: bits_per_byte}}]
 """
+# Spares the reading of lm-eval's thousands of task definitions.
+FEW_TASKS = """
+import functools, runpy, sys
+import lm_eval.tasks as tasks
+tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 MODES = ["int8", "int8-activation", "int4", "hybrid", "int4-gptq"]
 GREEDY = ("--temperature", "0", "--precision", "float32", "--device", "cpu")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-PAIR = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+PAIR = ("--standalone", "--nproc_per_node=2")
 
 
 def environment(**variables) -> dict:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | variables
 
 
-def launch(*command, stdin="", launcher=PAIR, **variables) -> subprocess.CompletedProcess:
-    with started(*command, launcher=launcher, **variables) as process:
+def torchrun(*flags, new=(False, False)) -> tuple[str, ...]:
+    """A launcher. It and its ranks are forks, or `new` processes where a signal is to meet them."""
+    launcher = (sys.executable,) if new[0] else python()
+    ranks = () if new[1] else ("--no-python", *python())
+    return *launcher, "-m", "torch.distributed.run", *flags, *ranks
+
+
+def launch(*command, stdin="", launcher=None, **variables) -> subprocess.CompletedProcess:
+    with started(*command, launcher=launcher or torchrun(*PAIR), **variables) as process:
         out, err = process.communicate(stdin, timeout=300)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @contextlib.contextmanager
-def started(*command, launcher=PAIR, **variables) -> Iterator[subprocess.Popen]:
+def started(*command, launcher, **variables) -> Iterator[subprocess.Popen]:
     """A launcher that is told to end, with its ranks, if the test has not seen it end."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     command = [*launcher, *map(str, command)]
@@ -80,7 +96,7 @@ def started(*command, launcher=PAIR, **variables) -> Iterator[subprocess.Popen]:
 
 
 def alone(*command, stdin="") -> subprocess.CompletedProcess:
-    return launch(*command, stdin=stdin, launcher=(sys.executable,))
+    return launch(*command, stdin=stdin, launcher=python())
 
 
 def free_port() -> int:
@@ -121,10 +137,9 @@ def outcomes(folder) -> list[tuple]:
     paths = [sorted((folder / name).glob("*.pth")) for name in ("base", "rich")]
     cases = [(str(path), rows, None) for path in paths[0] + paths[1] for rows in (1, 3)]
     rich = {path.stem: str(path) for path in paths[1]}
-    plain, gptq = rich["model"], rich.pop("model_int4-gptq.g32")  # which is stored like int4
-    cases += [(path, 3, "block") for path in rich.values()]
-    cases += [(plain, 1, "block"), (gptq, 1, "block"), (plain, 1, "whole")]
-    cases += [(rich["model_int8-activation"], 3, "whole")]
+    mixed = rich["model_hybrid_int8_int4.g32"]  # int8 and int4 in one block
+    cases += [(mixed, 3, "block"), (rich["model_int8-activation"], 3, "block")]
+    cases += [(rich["model"], 1, "whole")]
     (folder / "cases.json").write_text(json.dumps(cases))
     done = launch(ROOT / "tests" / "tp_worker.py", folder / "cases.json", folder / "results")
     print(done.stdout)
@@ -200,6 +215,20 @@ def test_generate_prints_once_what_one_process_prints(folder):
     assert 0 < record["communication_ms_per_token"] < 10000
 
 
+def test_requests_get_the_same_records(folder):
+    flags = (ROOT / "generate.py", "--checkpoint_path", folder / "base" / "model_int4.g32.pth")
+    flags += (*GREEDY, "--jsonl", "--max_new_tokens", 5)
+    lines = '{"id": 1, "prompt": "A text"}\nnonsense\n{"id": 2, "prompt": "A text, and"}\n{"id'
+    done, expected = (how(*flags, stdin=lines) for how in (launch, alone))
+    assert done.returncode == 0, done.stderr
+    pairs = zip(
+        *(map(json.loads, each.stdout.splitlines()) for each in (done, expected)), strict=True
+    )
+    for one, other in pairs:
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+    assert '"id": 2, "text"' in done.stdout
+
+
 def test_a_conversation_is_the_same(folder):
     flags = (ROOT / "generate.py", "--checkpoint_path", folder / "base" / "model_int4.g32.pth")
     flags += (*GREEDY, "--interactive", "--max_new_tokens", 8)
@@ -209,7 +238,9 @@ def test_a_conversation_is_the_same(folder):
     assert done.stdout == alone(*flags, stdin=turns).stdout and done.stdout.count("> ") >= 4
 
 
-@pytest.mark.parametrize("draft", ["a smaller model", "lookup"])
+@pytest.mark.parametrize(
+    "draft", [pytest.param("a smaller model", marks=pytest.mark.slow), "lookup"]
+)
 def test_speculation_and_the_prefill_cache_work_with_both_models_shared(folder, tmp_path, draft):
     flags = ["--checkpoint_path", folder / "base" / "model.pth", "--max_new_tokens", 24, *GREEDY]
     flags += ["--prompt", " ab ab ab ab", "--prefill_context", "ab ab cd " * 9]
@@ -242,7 +273,8 @@ def test_eval_scores_the_same_and_writes_once(folder):
     text = ("--perplexity", folder / "text.txt", "--stride", 100)
     task = ("--tasks", "tp_pages", "--include_path", folder)
     scores = []
-    for kind, launcher in ((text, (sys.executable,)), (text, PAIR), (task, PAIR)):
+    pair = torchrun(*PAIR)
+    for kind, launcher in ((text, python()), (text, pair), (task, (*pair, "-c", FEW_TASKS))):
         done = launch(*flags, *kind, launcher=launcher)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("perplexity" if kind == text else "bits_per_byte") == 1
@@ -257,13 +289,13 @@ def test_eval_scores_the_same_and_writes_once(folder):
 # ---- Several machines, and what goes wrong -----------------------------------------------------
 
 
-def nodes(*command, **variables) -> Iterator[contextlib.AbstractContextManager]:
-    """Two launchers of one process each, as on two machines."""
-    flags = (*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
+def nodes(*command, new=((False, False),) * 2) -> Iterator[contextlib.AbstractContextManager]:
+    """Two launchers of one process each, as on two machines; `new` as of `torchrun`, for each."""
+    flags = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
     flags += (f"--master_port={free_port()}",)
     for rank in (0, 1):
-        launcher = (*flags, f"--node_rank={rank}")
-        yield started(ROOT / "generate.py", *command, launcher=launcher, **variables)
+        launcher = torchrun(*flags, f"--node_rank={rank}", new=new[rank])
+        yield started(ROOT / "generate.py", *command, launcher=launcher)
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -297,7 +329,7 @@ ENDLESS = ("--max_new_tokens", 90000, "--max_seq_length", 95000, *GREEDY)
 
 def test_a_killed_rank_ends_the_others(endless):
     flags = (ROOT / "generate.py", "--checkpoint_path", endless, *ENDLESS)
-    with started(*flags) as process:
+    with started(*flags, launcher=torchrun(*PAIR, new=(True, False))) as process:
         assert process.stdout.read(40)  # it is generating
         os.kill(children(process)[1], signal.SIGKILL)
         began = time.monotonic()
@@ -305,12 +337,15 @@ def test_a_killed_rank_ends_the_others(endless):
         assert process.returncode != 0 and time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize(
-    "node, blow", [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
-)
-def test_a_machine_that_dies_or_hangs_ends_the_other(endless, node, blow):
-    """Machine 0 keeps the store that the signs of life go through."""
-    first, second = nodes("--checkpoint_path", endless, *ENDLESS)
+# Machine 0 keeps the store that the signs of life go through.
+BLOWS = [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
+
+
+def strike(endless: Path, node: int, blow: signal.Signals) -> tuple[int, str, float]:
+    """Kill or stop one of two machines: how the other ends, and after how many seconds."""
+    new = [(False, False), (False, False)]
+    new[node] = (True, blow == signal.SIGSTOP)
+    first, second = nodes("--checkpoint_path", endless, *ENDLESS, new=new)
     with first as first, second as second:
         assert first.stdout.read(40)
         struck, other = (first, second) if node == 0 else (second, first)
@@ -324,8 +359,23 @@ def test_a_machine_that_dies_or_hangs_ends_the_other(endless, node, blow):
             if blow == signal.SIGSTOP:
                 for victim in victims:
                     os.kill(victim, signal.SIGKILL)
-        assert other.returncode != 0 and time.monotonic() - began < 30
-        assert blow == signal.SIGKILL or "is silent for 20 s" in err
+        return other.returncode, err, time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def struck(endless) -> dict[tuple, concurrent.futures.Future]:
+    """Every blow with what came of it: dealt together, as most of it is waiting."""
+    python()  # the threads are to find one server
+    with concurrent.futures.ThreadPoolExecutor(len(BLOWS)) as pool:
+        return {blow: pool.submit(strike, endless, *blow) for blow in BLOWS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node, blow", BLOWS)
+def test_a_machine_that_dies_or_hangs_ends_the_other(struck, node, blow):
+    code, err, seconds = struck[node, blow].result()
+    assert code != 0 and seconds < 30
+    assert blow == signal.SIGKILL or "is silent for 20 s" in err
 
 
 def test_a_missing_rank_is_waited_for_only_so_long(folder):
@@ -333,12 +383,12 @@ def test_a_missing_rank_is_waited_for_only_so_long(folder):
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     variables |= {"MASTER_PORT": str(free_port()), "TP_TIMEOUT": "3"}
     began = time.monotonic()
-    done = launch(*flags, *GREEDY, launcher=(sys.executable,), **variables)
+    done = launch(*flags, *GREEDY, launcher=python(), **variables)
     assert time.monotonic() - began < 60
     assert done.returncode == 2 and "2 processes did not find each other in 3 s" in done.stderr
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     variables["TP_TIMEOUT"] = "soon"
-    done = launch(*flags, *GREEDY, launcher=(sys.executable,), **variables)
+    done = launch(*flags, *GREEDY, launcher=python(), **variables)
     assert done.returncode == 2 and "TP_TIMEOUT" in done.stderr and done.stderr.count("\n") == 1
 
 

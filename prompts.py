@@ -1,0 +1,83 @@
+"""Prompts as token ids: texts and conversations, what they begin with, what the model can take."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from typing import Any
+
+from cli import UserError
+from model import Transformer
+from tokenizer import Tokenizer
+
+
+def user_message(text: str) -> dict:
+    """A message of the user's, as chat templates want it."""
+    return {"role": "user", "content": text}
+
+
+def initial_messages(args: Namespace) -> list[dict]:
+    """The messages that every conversation starts with: the context, then the system prompt."""
+    content = "\n\n".join(filter(None, (args.prefill_context, args.system_prompt)))
+    return [{"role": "system", "content": content}] if content else []
+
+
+def tokenize(tokenizer: Tokenizer, messages: list[dict], chat: bool) -> list[int]:
+    """The prompt that a conversation makes, in the model's chat format or as plain text."""
+    if chat:
+        return tokenizer.chat(messages)
+    return tokenizer.encode("".join(message["content"] for message in messages))
+
+
+def read_context(args: Namespace, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of the context; a prompt's first letters may change the last of them.
+
+    In the chat format they are what the conversations of two different users share.
+    """
+    if not args.prefill_context:
+        return []
+    if not args.chat:
+        return tokenize(tokenizer, initial_messages(args), chat=False)
+    chats = [
+        tokenize(tokenizer, [*initial_messages(args), user_message(text)], chat=True)
+        for text in ("a", "b")
+    ]
+    return os.path.commonprefix(chats)
+
+
+PROMPTS = ("prompt", "messages", "ids")  # keys of a request, of which it has one
+
+
+def requested_prompt(request: dict, args: Namespace, tokenizer: Tokenizer) -> list[int]:
+    """The prompt of a request to jsonl.py; raises a `UserError` if there is not exactly one."""
+
+    def is_message(value: Any) -> bool:
+        texts = [value.get(k) for k in ("role", "content")] if isinstance(value, dict) else [None]
+        return all(isinstance(text, str) for text in texts)
+
+    match [(key, request[key]) for key in PROMPTS if key in request]:
+        case [("prompt", str(text))]:
+            messages = [*initial_messages(args), user_message(text)]
+            return tokenize(tokenizer, messages, args.chat)
+        case [("messages", [_, *_] as messages)] if all(map(is_message, messages)):
+            return tokenize(tokenizer, [*initial_messages(args), *messages], chat=True)
+        case [("ids", [*ids])] if all(type(i) is int and i >= 0 for i in ids):
+            return ids
+    kinds = "a text, messages (role and content, both texts) or ids (whole numbers)"
+    raise UserError(f"a request has one of prompt, messages and ids: {kinds}")
+
+
+def check_prompt(prompt: list[int], model: Transformer, what: str = "prompt") -> None:
+    """Raise a `UserError` if the model cannot take this prompt."""
+    if not prompt:
+        raise UserError("the prompt is empty and this model has no BOS token; pass a text")
+    if max(prompt) >= model.args.vocab_size:
+        raise UserError(
+            f"the {what} has the token {max(prompt)} and the model only {model.args.vocab_size}; "
+            "put the model's own tokenizer beside it"
+        )
+    if len(prompt) > model.max_seq_length:
+        raise UserError(
+            f"the {what} has {len(prompt)} tokens and the cache {model.max_seq_length} positions; "
+            f"shorten it or raise --max_seq_length, which may be up to {model.args.block_size}"
+        )

@@ -1,0 +1,199 @@
+"""Command lines at the price of a fork: a server imports torch and the project once for all.
+
+`[*python(), script, *flags]` behaves as `[sys.executable, script, *flags]` does, in a shell, too:
+it is a client that hands its streams, folder and environment to a child of the server, forwards
+signals, and ends as the child ends. The server runs no tensor operation, so it has no threads that
+a fork would lose.
+
+What has to start a Python of its own stays with `sys.executable`: blocked imports, another copy of
+the scripts, and variables that a library reads when it is loaded.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import io
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+LOADED = ("generate", "quantize", "eval", "speculate", "prefill_cache", "tp", "ranges", "gptq")
+LOADED += ("torch.distributed.run", "torch._inductor.compile_fx")
+FRESH = "huggingface_hub"  # reads HF_ENDPOINT and others when it is imported
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run_script(script: str, *flags, stdin="", **options) -> subprocess.CompletedProcess:
+    """Run a script of the project, such as "scripts/download.py", to its end, with texts."""
+    options = dict(input=stdin, capture_output=True, text=True, timeout=120) | options
+    return subprocess.run([*python(), ROOT / script, *map(str, flags)], **options)
+
+
+@functools.cache
+def python() -> tuple[str, ...]:
+    """The first words of a command line that the server runs; the first call starts it."""
+    folder = tempfile.TemporaryDirectory(prefix="commands-")
+    address = str(Path(folder.name, "socket"))
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    command = [sys.executable, __file__, str(listener.fileno())]
+    server = subprocess.Popen(command, pass_fds=[listener.fileno()], start_new_session=True)
+    listener.close()
+    atexit.register(folder.cleanup)
+    atexit.register(server.kill)
+    return sys.executable, "-IS", __file__, address
+
+
+# ---- The server --------------------------------------------------------------------------------
+
+
+def serve(listener: socket.socket) -> None:
+    """Fork once for every client that calls."""
+    sys.path.insert(0, str(ROOT))
+    for name in LOADED:
+        importlib.import_module(name)
+    gc.freeze()  # a child's collections leave these pages shared
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that attend
+    while True:
+        client, _ = listener.accept()
+        if os.fork() == 0:
+            attend(client)
+        client.close()
+
+
+def attend(client: socket.socket) -> NoReturn:
+    """Fork the child, tell the client its process id and how it ended, and end with either."""
+    _, streams, *_ = socket.recv_fds(client, 1, 3)
+    request = json.loads(client.makefile().readline())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child == 0:
+        run_child(streams, **request)
+    for stream in streams:
+        os.close(stream)
+
+    def end_with_the_client():
+        if not client.recv(1):
+            for kill in (os.killpg, os.kill):  # it may not lead its group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(child, signal.SIGKILL)
+
+    def tell(number: int):
+        with contextlib.suppress(BrokenPipeError):
+            client.sendall(b"%d\n" % number)
+
+    threading.Thread(target=end_with_the_client, daemon=True).start()
+    tell(child)
+    tell(os.waitpid(child, 0)[1])
+    os._exit(0)
+
+
+def run_child(streams: list, closed: list, argv: list, cwd: str, env: dict) -> NoReturn:
+    """Become `python *argv`, and end as it does."""
+    os.closerange(3, min(streams))
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    unbuffered = "PYTHONUNBUFFERED" in env
+    out = open(1, "wb", 0 if unbuffered else -1, closefd=False)
+    options = dict(line_buffering=os.isatty(1), write_through=unbuffered)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(out, **options)
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)
+    for number in closed:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    for name in [name for name in sys.modules if name.split(".")[0] == FRESH]:
+        del sys.modules[name]
+    sys.argv = argv
+    try:
+        if argv[0] == "-c":
+            sys.path[0], code = "", argv.pop(1)
+            exec(code, {"__name__": "__main__"})
+        elif argv[0] == "-m":
+            sys.path[0], sys.argv = os.getcwd(), argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
+            runpy.run_path(argv[0], run_name="__main__")
+        end(0)
+    except SystemExit as exit:
+        if exit.code is not None and not isinstance(exit.code, int):
+            print(exit.code, file=sys.stderr)
+        end(exit.code if isinstance(exit.code, int) else int(exit.code is not None))
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        end(-signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def end(code: int) -> NoReturn:
+    """End as the interpreter does, but do not take down its modules: that would copy every page."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream and not stream.closed:
+                stream.flush()
+        except OSError as error:
+            print(f"Exception ignored in: {stream}\n{error!r}", file=sys.stderr)
+            code = 120
+    if code < 0:
+        end_by(-code)
+    os._exit(code & 0xFF)
+
+
+def end_by(number: int) -> None:
+    """End this process by a signal."""
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+# ---- The client --------------------------------------------------------------------------------
+
+
+def call(address: str, argv: list[str]) -> int:
+    """Have the server run a command line with what this process was given; its exit code."""
+    closed = [i for i, s in enumerate((sys.stdin, sys.stdout, sys.stderr)) if s is None]
+    while os.open(os.devnull, os.O_RDWR) < 3:  # something has to be sent in their places
+        pass
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(address)
+        socket.send_fds(server, [b"\n"], [0, 1, 2])
+        request = {"closed": closed, "argv": argv, "cwd": os.getcwd(), "env": dict(os.environ)}
+        server.sendall(json.dumps(request).encode() + b"\n")
+        answers = server.makefile()
+        child = int(answers.readline())
+        for number in FORWARDED:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, _: os.kill(child, number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        status = int(answers.readline())
+    if os.WIFSIGNALED(status):
+        end_by(os.WTERMSIG(status))
+    return os.WEXITSTATUS(status)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        serve(socket.socket(fileno=int(sys.argv[1])))
+    else:
+        sys.exit(call(sys.argv[1], sys.argv[2:]))
