@@ -72,6 +72,15 @@ def one_cell(args: Namespace) -> list[dict]:
     return [{}]
 
 
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one ahead still runs: sm_90 and newer."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
 class Stage(NamedTuple):
     cells: Callable[[Namespace], Iterable[dict[str, str]]]  # the labels of each cell
     measure: Callable[..., dict]  # takes a device and the labels of a cell; the cell's row
@@ -212,6 +221,8 @@ def works(device: torch.device) -> bool:
 def work(args: Namespace, file: Path, began: float) -> None:
     """Run the stages and append each row to the file; what has one there is not run again."""
     done = {(row["stage"], row["cell"]) for row in recorded(file)}
+    if not has_dependent_launch(args.device):
+        args.modes = [mode for mode in args.modes if mode != "pdl"]
     for name in args.stages:
         for row in run_stage(name, args, began, done):
             with file.open("a") as stream:
@@ -246,7 +257,7 @@ def supervise(args: Namespace, file: Path, began: float) -> None:
 TABLES = {
     "environment": "facts",
     "bandwidth": "stage GB_per_s:.1f",
-    "operators": "operator dtype error:.4f prefill:.4f bits cases",
+    "operators": "operator dtype error:.4f prefill:.4f bound bits cases",
     "logits": "model scheme mode ran prefill:.4f decode:.4f verify:.4f batch:.4f bound replays",
     "text": "scheme mode ran torch_beside_float32:.3f alone_beside_torch batch_beside_alone "
     "verify_beside_alone tie:.2f",
@@ -262,13 +273,13 @@ TABLES = {
     "warm_process_s:.1f",
     "memory": "shape scheme mode ran stored_GB:.2f peak_GB:.2f",
 }
-NOTES = """`ran` is who ran the steps: the fused step, modules on this project's operators, or
-PyTorch's own operations. Errors of operators are in root mean squares of a row of float64's, errors
-of logits relative to float32 on the CPU; gaps are in standard deviations of its logits. Products
-are in GB/s by their rows, beside those of 1, 2, 4 and 8; shares are of the best bandwidth measured.
-Verify passes cost so many times one token, the prefill so many times its matmuls by PyTorch in
-bf16. A start is in seconds from a model in memory, its weights drawn on the device, to the first
-token of a new process, with empty compile caches and with filled ones."""
+NOTES = """`ran` is who ran the steps: the fused step, modules on this project's operators, or modules
+on PyTorch's own operations. Errors of operators are in root mean squares of a row of float64's;
+errors of logits are relative to float32 on the CPU, and gaps in standard deviations of its logits.
+`rows 1` to `rows 8` are GB/s of products of so many rows. Shares are of the best bandwidth measured.
+A verify pass costs so many times one token, a prefill so many times its matmuls in bf16 by PyTorch.
+A start is in seconds from a model in memory, its weights drawn on the device, to the first token of
+a new process, with empty compile caches (cold) and with those of a process before it (warm)."""
 # The share of the bandwidth to reach at depth 0, on the shape of Llama-3-8B.
 TARGETS = {"bf16": 0.85, "int8": 0.75, "int4 g32": 0.65}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +20,15 @@ import linear
 import model
 from engine import Engine, Sampling
 from families import from_config, preset, preset_names
-from linear import FEW_ROWS
+from linear import FEW_ROWS, Int8ActivationLinear
 from model import ModelArgs, Transformer
 from scripts.random_weights import empty_model, fill, linears
 
-# fused: what Engine chooses. operators: modules on this project's operators. block: the same with
-# one compiled block. All three are captured as CUDA graphs. torch: modules on PyTorch's own
-# operations, not captured: what the others are compared with.
-MODES = ("fused", "operators", "block", "torch")
+# fused: what Engine chooses. operators: modules on this project's operators. torch: modules on
+# PyTorch's own operations. pdl: the fused step with programmatic dependent launch, on GPUs that
+# have it. block: modules on the operators, in one compiled block. All are captured as CUDA graphs
+# but torch, which the others are compared with.
+MODES = ("fused", "operators", "torch", "pdl", "block")
 SCHEMES = ("bf16", "int8", "int8-activation", "int4 g32", "int4 g128")
 GREEDY, WARM = Sampling(temperature=0), Sampling(temperature=0.8, top_k=50)
 # Widths are multiples of 128, so that every scheme fits, and as odd as published ones otherwise.
@@ -74,7 +76,8 @@ def choosing(mode: str) -> Iterator[None]:
         kernels = kernels_for(device)
         if mode == "fused" or kernels is None:
             return kernels
-        parts = dict(pack=kernels.pack, take_cache=kernels.take_cache, fuse=lambda network: None)
+        fuse = functools.partial(kernels.fuse, pdl=True) if mode == "pdl" else lambda network: None
+        parts = dict(pack=kernels.pack, take_cache=kernels.take_cache, fuse=fuse)
         return None if mode == "torch" else SimpleNamespace(**parts)
 
     with contextlib.ExitStack() as stack:
@@ -86,12 +89,20 @@ def choosing(mode: str) -> Iterator[None]:
 
 
 def runner(started: Engine) -> str:
-    """Who runs a decoding step of an engine, as the modes are named, but for `block`."""
+    """Who runs a decoding step of an engine: `fused`, `operators` or `torch`."""
     if started.fused:
         return "fused"
     packed = all(layer.tiles is not None for layer in linears(started.model).values())
     attends = all(layer.attention.kv_cache.has_kernels for layer in started.model.layers)
     return "operators" if packed and attends else "torch"
+
+
+def expected_runner(network: Transformer, mode: str) -> str:
+    """Who should run the steps of a mode where the kernels are."""
+    rounds = any(isinstance(x, Int8ActivationLinear) for x in linears(network).values())
+    if mode in ("fused", "pdl"):
+        return "operators" if rounds else "fused"  # which does not round activations
+    return "torch" if mode == "torch" else "operators"
 
 
 def start(network: Transformer, mode: str, rows: int, length: int) -> Engine:
@@ -108,9 +119,9 @@ def start(network: Transformer, mode: str, rows: int, length: int) -> Engine:
             for cache in layer.attention.kv_cache.buffers():
                 cache.normal_(generator=generator)
         started = Engine(network, "block" if mode == "block" else None)
-    found, asked = runner(started), "operators" if mode == "block" else mode
-    if has_kernels(network.device) and found != asked:
-        raise RuntimeError(f"{found} runs where {asked} should")
+    found, expected = runner(started), expected_runner(network, mode)
+    if has_kernels(network.device) and found != expected:
+        raise RuntimeError(f"{found} runs where {expected} should")
     return started
 
 

@@ -217,9 +217,7 @@ def speed_cells(args: Namespace) -> Iterator[dict]:
     first = args.shapes[:1]
     cells = itertools.chain(
         product(args.shapes, ("fused",), MAIN),
-        product(first, ("operators",), MAIN),
-        product(first, ("block",), MAIN),
-        product(first, ("torch",), MAIN),
+        product(first, ("pdl", "operators", "block", "torch"), MAIN),
         product(args.shapes, ("fused",), [s for s in SCHEMES if s not in MAIN]),
     )
     for shape, mode, scheme in cells:
@@ -254,7 +252,7 @@ def measure_kernels(device: torch.device, shape: str, scheme: str, mode: str) ->
 
 
 def kernel_cells(args: Namespace) -> Iterator[dict]:
-    for mode, scheme in (*product(["fused"], MAIN), ("block", "bf16")):
+    for mode, scheme in (*product(["fused", "pdl"], MAIN), ("block", "bf16")):
         yield {"shape": args.shapes[0], "scheme": scheme, "mode": mode}
 
 

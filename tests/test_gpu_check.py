@@ -235,7 +235,8 @@ def test_products_are_timed_on_weights_in_turns(check, float_operators, schemes,
     monkeypatch.setattr(gpu_speed, "cold_bytes", lambda device: 1e9)
     code, out, err, rows = check("--stages", "bandwidth-before,products")
     assert code == 0, err
-    assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
+    # Of two cells, which may have the same memory, not more.
+    assert sum(a == b for a, b in zip(seen, seen[1:], strict=False)) <= 4 < len(seen) // 20
     assert [row["what"] for row in rows[1:]] == ["wqkv", "wo", "w1", "w2", "output", "attend 40"]
     for row in rows[1:]:
         assert row["share_1"] == row["rows_1"] / BUS and row["ran"] == "operators"
@@ -285,7 +286,12 @@ def test_each_mode_chooses_who_runs_a_step(float_operators, monkeypatch):
     asked = []
     compiled = lambda function: asked.append("compiled") or function  # noqa: E731
     monkeypatch.setattr(engine, "compiled", compiled)
-    float_operators.kernels.fuse = lambda network: lambda *inputs: tuple(network(*inputs))
+
+    def fuse(network, pdl=False):
+        asked.extend(["dependent launch"] if pdl else [])
+        return lambda *inputs: tuple(network(*inputs))
+
+    float_operators.kernels.fuse = fuse
     network, found = gpu_models.build(LLAMA, "int8", CPU), {}
     for mode in (*MODES, *reversed(MODES)):  # whatever ran before
         asked.clear()
@@ -294,8 +300,9 @@ def test_each_mode_chooses_who_runs_a_step(float_operators, monkeypatch):
     assert found == {
         "fused": {("fused",)},
         "operators": {("operators",)},
-        "block": {("operators", "compiled")},
         "torch": {("torch",)},
+        "pdl": {("fused", "dependent launch")},
+        "block": {("operators", "compiled")},
     }
     with choosing("torch"):
         assert engine.cudagraph is None  # nor is a step captured
@@ -305,15 +312,16 @@ def test_each_mode_chooses_who_runs_a_step(float_operators, monkeypatch):
 def test_another_step_than_asked_for_is_a_failure_where_kernels_are(check, schemes, monkeypatch):
     schemes("bf16")
     monkeypatch.setattr(gpu_models, "has_kernels", lambda device: True)
-    code, out, _, rows = check("--stages", "text", "--modes", "operators")
+    code, out, _, rows = check("--stages", "text", "--modes", "operators,fused")
     assert code == 1 and "text bf16 operators: RuntimeError: torch runs where operators" in out
+    assert "text bf16 fused: RuntimeError: torch runs where" in out
 
 
 # ---- What is wrong does not pass ---------------------------------------------------------------
 
 
 def scaled(y, *_):
-    return y * 1.05
+    return y * 1.1
 
 
 def neighbourly(y, x, *_):
@@ -328,15 +336,15 @@ def stray(y, *inputs):
 @pytest.mark.parametrize(
     "name, spoil, note",
     [
-        ("linear_int8", scaled, "over 0.03: error, prefill"),
+        ("linear_int8", scaled, ": error, prefill"),
         ("linear_int4", neighbourly, "by 17, 2 rows"),
-        ("linear_bf16", lambda y, x, *_: y - x[:, -1:] * 0.2, "over 0.03"),  # the last column
-        ("linear_int8_activation", lambda y, *_: y.index_fill(1, torch.tensor(16), 0), "over"),
-        ("attend", lambda y, q, k, v, pos, *_: y * (1 + 0.1 * (pos == 0))[..., None], "over 0.03"),
-        ("attend", lambda y, *_: y * float("nan"), "over 0.03: error"),
+        ("linear_bf16", lambda y, x, *_: y - x[:, -1:] * 0.2, "over 0.0"),  # the last column
+        ("linear_int8_activation", lambda y, *_: y.index_fill(1, torch.tensor(16), 0), "over 0.0"),
+        ("attend", lambda y, q, k, v, pos, *_: y * (1 + 0.1 * (pos == 0))[..., None], "over 0.0"),
+        ("attend", lambda y, *_: y * float("nan"), ": error"),
         ("attend", lambda y, q, *_: y * (1 + 4e-3 * (q.shape[1] == 32)), "bits: 4/2 heads"),
         ("rotate_write", stray, "bits: 4/2"),
-        ("rotate_write", lambda y, *_: y.flip(-1), "over 0.03: error"),
+        ("rotate_write", lambda y, *_: y.flip(-1), ": error"),
     ],
 )  # fmt: skip
 def test_a_wrong_operator_fails_its_cells_alone(check, float_operators, name, spoil, note):
