@@ -273,13 +273,13 @@ TABLES = {
     "warm_process_s:.1f",
     "memory": "shape scheme mode ran stored_GB:.2f peak_GB:.2f",
 }
-NOTES = """`ran` is who ran the steps: the fused step, modules on this project's operators, or modules
-on PyTorch's own operations. Errors of operators are in root mean squares of a row of float64's;
-errors of logits are relative to float32 on the CPU, and gaps in standard deviations of its logits.
-`rows 1` to `rows 8` are GB/s of products of so many rows. Shares are of the best bandwidth measured.
-A verify pass costs so many times one token, a prefill so many times its matmuls in bf16 by PyTorch.
-A start is in seconds from a model in memory, its weights drawn on the device, to the first token of
-a new process, with empty compile caches (cold) and with those of a process before it (warm)."""
+NOTES = """`ran` is who ran the steps: the fused step, modules on this project's operators, or
+modules on PyTorch's own operations. Errors of operators are in root mean squares of a row of
+float64's; errors of logits are relative to float32 on the CPU, and gaps in standard deviations of
+its logits. `rows 1` to `rows 8` are GB/s of products of so many rows. Shares are of the best
+bandwidth measured. A verify pass costs so many times one token, a prefill so many times its matmuls
+in bf16 by PyTorch. A start is in seconds from a model in memory, its weights drawn on the device,
+to the first token of a new process, with empty compile caches (cold) and filled ones (warm)."""
 # The share of the bandwidth to reach at depth 0, on the shape of Llama-3-8B.
 TARGETS = {"bf16": 0.85, "int8": 0.75, "int4 g32": 0.65}
 
