@@ -89,7 +89,7 @@ class Stage(NamedTuple):
 
 STAGES = {
     "environment": Stage(one_cell, environment, 0),
-    "bandwidth-before": Stage(one_cell, speed.bandwidth, 8),
+    "bandwidth-before": Stage(one_cell, speed.bandwidth, 30),  # and starting the process
     "operators": Stage(correctness.operator_cells, correctness.check_operator, 90),
     "logits": Stage(correctness.logits_cells, correctness.check_logits, 110),
     "text": Stage(correctness.scheme_cells, correctness.check_texts, 40),
