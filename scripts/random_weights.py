@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,19 +44,40 @@ def noise(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
         known += more
 
 
+def random_linear(
+    shape: tuple[int, int], scheme: str, groupsize: int, device: torch.device, dtype: torch.dtype
+) -> Linear:
+    """A Linear alone, of shape `(in, out)`."""
+    with torch.device("meta"):
+        plain = Linear(*shape)
+        groups = torch.empty(shape[0] // groupsize, 0)
+    linear = linear_for(plain, {MARKERS[scheme]: groups}).requires_grad_(False).to(dtype)
+    randomize(linear.to_empty(device=device))
+    return linear
+
+
 def fill(model: Transformer, device: torch.device, symmetric: bool = False) -> Transformer:
-    """Give an empty model random weights on the device; matmuls keep the size of x.
+    """Give an empty model random weights on the device; `symmetric` as in `randomize`."""
+    tied = model.output.weight is model.tok_embeddings.weight
+    model = model.to_empty(device=device)
+    randomize(model, symmetric)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+def randomize(whole: nn.Module, symmetric: bool = False) -> None:
+    """Draw all weights of a module on its device; matmuls keep the size of x.
 
     The zeros of `symmetric` int4 are 0, as those of llama.cpp's Q4_0 are.
     """
-    tied = model.output.weight is model.tok_embeddings.weight
-    model = model.to_empty(device=device)
+    device = next(whole.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(tensor: Tensor, mean: float, spread: float) -> None:
         noise(tensor, lambda x: x.normal_(mean, spread, generator=generator))
 
-    for name, module in model.named_modules():
+    for name, module in whole.named_modules():
         spread = getattr(module, "in_features", 1) ** -0.5
         for key, tensor in module.named_parameters(recurse=False):
             if tensor.dtype in (torch.int8, torch.uint8):  # every bit random
@@ -75,6 +96,3 @@ def fill(model: Transformer, device: torch.device, symmetric: bool = False) -> T
                 normal(tensor, 1, 0.1)
             else:
                 normal(tensor, 0, spread)
-    if tied:
-        model.output.weight = model.tok_embeddings.weight
-    return model
