@@ -90,6 +90,8 @@ def upload(state: dict[str, Tensor], device: torch.device, stage: int = 64 << 20
     buffers = [torch.empty(stage, dtype=torch.uint8, pin_memory=cuda) for _ in range(2)]
     turns = itertools.cycle((buffer, torch.cuda.Event() if cuda else None) for buffer in buffers)
     for name, tensor in state.items():
+        if tensor.is_cuda:  # a rank's slice, there already
+            continue
         if id(tensor) not in done:
             source = tensor.contiguous()
             done[id(tensor)] = target = torch.empty_like(source, device=device)
