@@ -102,7 +102,7 @@ def upload(state: dict[str, Tensor], device: torch.device, stage: int = 64 << 20
                     crossed.synchronize()  # the last copy from this buffer
                 place.copy_(buffer[: len(part)].copy_(part), non_blocking=True)
                 if cuda:
-                    crossed.record()
+                    crossed.record(torch.cuda.current_stream(device))
         state[name] = done[id(tensor)]
 
 

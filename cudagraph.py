@@ -65,12 +65,12 @@ class Captured:
 
         if device.type != "cuda":
             return Graph(idx, input_pos, run)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(2):
                 run()
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         gc.collect()
         gc.disable()  # freeing a kernel or a communicator meanwhile would break the capture

@@ -108,7 +108,7 @@ def send(tensors: list[Tensor]) -> Callable[[], list[list]]:
     options = {"device": "cpu", "pin_memory": True}
     copies = [torch.empty_like(t, **options).copy_(t, non_blocking=True) for t in tensors]
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(tensors[0].device))
     return lambda: [arrived.synchronize(), *(copy.tolist() for copy in copies)][1:]
 
 

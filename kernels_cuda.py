@@ -381,10 +381,11 @@ def launch(
     """Run a kernel, or only compile it, under `compile_kernels`."""
     if target(args[0].device)[0] == "cuda":  # ROCm knows neither of these
         constants |= dict(maxnreg=maxnreg, launch_pdl=launch_pdl)
-    if active_mode.get():
-        kernel.warmup(*args, grid=grid, **constants)
-    else:
-        kernel[grid](*args, **constants)
+    with torch.cuda.device_of(args[0]):
+        if active_mode.get():
+            kernel.warmup(*args, grid=grid, **constants)
+        else:
+            kernel[grid](*args, **constants)
 
 
 class Weight(NamedTuple):
