@@ -4,6 +4,7 @@ What only a GPU could show, a wait for the device, is refused here on the meta d
 values to wait for.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -16,11 +17,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import operators  # noqa: F401
 from conftest import CONFIG, ROOT, random_model
 from cudagraph import BLOCK, Captured
 from engine import Engine, Sampling, generate, sample, send_tokens
+from families import from_config
 from linear import Linear, linear_for
-from model import Output
+from model import Output, Transformer
 from quantize import quantize
 from speculate import PromptLookup, Speculator, speculate
 
@@ -217,13 +220,18 @@ def on_meta(scheme: str, operators: bool, qk_norm=False) -> Captured:
     model = model.bfloat16().to("meta")
     with torch.device("meta"):
         model.setup_caches(2, 64)
-    for module in model.modules() if operators else ():
+    return by_operators(model) if operators else Captured(model, model)
+
+
+def by_operators(model: Transformer) -> Captured:
+    """As on a GPU: weights as they are stored, and this project's operators."""
+    for module in model.modules():
         if isinstance(module, Linear):
             grids = ("scales", "scales_a8", "scales_and_zeros")
             grid = next((getattr(module, g) for g in grids if hasattr(module, g)), None)
             module.tiles, module.grid = module.weight.data, grid
     for layer in model.layers:
-        layer.attention.kv_cache.has_kernels = operators
+        layer.attention.kv_cache.has_kernels = True
     return Captured(model, model)
 
 
@@ -236,6 +244,22 @@ def test_no_step_waits_for_the_device(scheme, operators):
         with NoWaiting(), NoNumbers():
             logits, hidden = captured(idx, idx, 64)
         assert logits.shape == (2, tokens, 300) and hidden.shape == (2, tokens, 48)
+
+
+@pytest.mark.parametrize("operators", [False, True])
+def test_no_step_of_any_family_waits_for_the_device(operators):
+    args = from_config(CONFIG)
+    kinds = [dataclasses.replace(kind, query_scale=(0.1, 8), window=9) for kind in args.kinds]
+    scales = dict(embed_scale=3.0, residual_scale=0.5, logit_scale=0.25, logit_cap=30.0)
+    options = dict(norms="both", qk_norm="flat", act="gelu_tanh", kinds=tuple(kinds)) | scales
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(args, **options)).bfloat16()
+        model.setup_caches(2, 64)
+    captured = by_operators(model) if operators else Captured(model, model)
+    idx = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    with NoWaiting(), NoNumbers():
+        logits, _ = captured(idx, idx, 64)
+    assert logits.shape == (2, 3, 300)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM, Sampling(0.8, 0, 0.9, 0.1), Sampling(1.0, 0)])
