@@ -207,7 +207,7 @@ class NoNumbers(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def on_meta(scheme: str, operators: bool, qk_norm=False) -> Captured:
+def on_meta(scheme: str, by_ours: bool, qk_norm=False) -> Captured:
     """A captured step of a model without values, by this project's operators or by PyTorch's."""
     config = CONFIG | ({"model_type": "qwen3", "head_dim": 32} if qk_norm else {})
     model = random_model(config).bfloat16()
@@ -220,7 +220,7 @@ def on_meta(scheme: str, operators: bool, qk_norm=False) -> Captured:
     model = model.bfloat16().to("meta")
     with torch.device("meta"):
         model.setup_caches(2, 64)
-    return by_operators(model) if operators else Captured(model, model)
+    return by_operators(model) if by_ours else Captured(model, model)
 
 
 def by_operators(model: Transformer) -> Captured:
@@ -235,19 +235,19 @@ def by_operators(model: Transformer) -> Captured:
     return Captured(model, model)
 
 
-@pytest.mark.parametrize("operators", [False, True])
+@pytest.mark.parametrize("by_ours", [False, True])
 @pytest.mark.parametrize("scheme", ["bf16", "int8", "int8-activation", "int4"])
-def test_no_step_waits_for_the_device(scheme, operators):
+def test_no_step_waits_for_the_device(scheme, by_ours):
     for qk_norm, tokens in itertools.product((False, True), (1, 4)):
-        captured = on_meta(scheme, operators, qk_norm)
+        captured = on_meta(scheme, by_ours, qk_norm)
         idx = torch.zeros(2, tokens, dtype=torch.int64, device="meta")
         with NoWaiting(), NoNumbers():
             logits, hidden = captured(idx, idx, 64)
         assert logits.shape == (2, tokens, 300) and hidden.shape == (2, tokens, 48)
 
 
-@pytest.mark.parametrize("operators", [False, True])
-def test_no_step_of_any_family_waits_for_the_device(operators):
+@pytest.mark.parametrize("by_ours", [False, True])
+def test_no_step_of_any_family_waits_for_the_device(by_ours):
     args = from_config(CONFIG)
     kinds = [dataclasses.replace(kind, query_scale=(0.1, 8), window=9) for kind in args.kinds]
     scales = dict(embed_scale=3.0, residual_scale=0.5, logit_scale=0.25, logit_cap=30.0)
@@ -255,7 +255,7 @@ def test_no_step_of_any_family_waits_for_the_device(operators):
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(args, **options)).bfloat16()
         model.setup_caches(2, 64)
-    captured = by_operators(model) if operators else Captured(model, model)
+    captured = by_operators(model) if by_ours else Captured(model, model)
     idx = torch.zeros(2, 3, dtype=torch.int64, device="meta")
     with NoWaiting(), NoNumbers():
         logits, _ = captured(idx, idx, 64)
