@@ -76,7 +76,13 @@ def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
 def quantize(
     weight: Tensor, scheme: str, groupsize: int, hessian: Tensor | None = None, **gptq_options
 ) -> dict[str, Tensor]:
-    """The stored tensors of one Linear; a Hessian `[in, in]` makes int4 by GPTQ."""
+    """The stored tensors of one Linear; a Hessian `[in, in]` makes int4 by GPTQ.
+
+    Experts `[experts, out, in]` are quantized one by one.
+    """
+    if weight.dim() == 3:
+        parts = [quantize(expert, scheme, groupsize) for expert in weight]
+        return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
     if scheme != "int4":
         codes, scales = quantize_int8(weight)
         return {"weight": codes, MARKERS[scheme]: scales}
@@ -159,7 +165,7 @@ def stored_layout(model: Transformer, schemes: dict[str, str], groupsize: int) -
     for name, scheme in schemes.items():
         linear = model.get_submodule(name)
         with torch.device("meta"):
-            plain = Linear(linear.in_features, linear.out_features)
+            plain = Linear(linear.in_features, linear.out_features, experts=linear.experts)
             groups = torch.empty(linear.in_features // groupsize, 0)
         tensors = linear_for(plain, {MARKERS[scheme]: groups}).state_dict()
         layout |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
@@ -167,11 +173,16 @@ def stored_layout(model: Transformer, schemes: dict[str, str], groupsize: int) -
 
 
 def write_linear(
-    file: StateFile, name: str, tensors: dict[str, Tensor], rows: slice = slice(None)
+    file: StateFile,
+    name: str,
+    tensors: dict[str, Tensor],
+    rows: slice = slice(None),
+    expert: int | None = None,
 ) -> None:
-    """Write the stored tensors of these rows of a Linear."""
+    """Write the stored tensors of these rows of a Linear, or of one of its experts."""
     for key, tensor in tensors.items():
         place = file.places[f"{name}.{key}"]
+        place = place if expert is None else place[expert]
         file.write(place[:, rows] if key == "scales_and_zeros" else place[rows], tensor.cpu())
 
 

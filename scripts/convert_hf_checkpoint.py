@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pickle
 import re
 import sys
@@ -34,6 +35,7 @@ from checkpoint import StateFile, check_finite
 from cli import Parser, UserError, read_json, replacing, run
 from families import find_family, from_config
 from keys import Keys
+from kinds import MAX_EXPERTS
 from model import LayerKind, ModelArgs, Transformer
 from quantize import (
     GROUP_SIZES,
@@ -70,6 +72,10 @@ HF_NAMES = {
     "w1": "mlp.gate_proj",
     "w2": "mlp.down_proj",
     "w3": "mlp.up_proj",
+    "router": "mlp.gate",
+    "expert_w1": "mlp.experts.{}.gate_proj",
+    "expert_w2": "mlp.experts.{}.down_proj",
+    "expert_w3": "mlp.experts.{}.up_proj",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
@@ -88,6 +94,7 @@ class Part:
     head_dim: int = 0
     fixed: int = 0  # rows at the end that are no heads to be interleaved
     offset: float = 0.0  # to be added, in float32
+    expert: int | None = None  # of a tensor for all experts, the one to which it goes
 
     def arrange(self, tensor: Tensor) -> Tensor:
         """The published tensor as the network wants it."""
@@ -100,9 +107,31 @@ class Part:
         return tensor.float() + self.offset if self.offset else tensor
 
 
+def ffn_parts(args: ModelArgs, layer: int) -> dict[str, Part]:
+    """The weights of a layer's FFN or mixture of experts, by the keys of `HF_NAMES`.
+
+    A key that ends in a number is of the expert of this number.
+    """
+
+    def matrices(key: str, place: str, width: int, expert: int | None = None) -> dict[str, Part]:
+        shapes = {"w1": (width, args.dim), "w2": (args.dim, width), "w3": (width, args.dim)}
+        return {
+            key.format(name): Part(f"feed_forward.{place}{name}", shape, expert=expert)
+            for name, shape in shapes.items()
+        }
+
+    mixture = args.mixture
+    if mixture is None or layer in mixture.dense_layers:
+        return matrices("{}", "", args.intermediate_size)
+    table = {"router": Part("feed_forward.router", (mixture.experts, args.dim))}
+    for i in range(mixture.experts):
+        table |= matrices(f"expert_{{}} {i}", "", mixture.width, i)
+    return table
+
+
 def layer_parts(args: ModelArgs, kind: LayerKind, interleave: bool) -> dict[str, Part]:
-    """The weights of a layer of this kind, by the keys of `HF_NAMES`."""
-    dim, ffn = args.dim, args.intermediate_size
+    """The weights of a layer of this kind beside its FFN, by the keys of `HF_NAMES`."""
+    dim = args.dim
     q, kv = kind.n_head * kind.head_dim, kind.n_local_heads * kind.head_dim
     order = (sum(map(bool, kind.rope)) if interleave else 0, kind.head_dim)
     table = {
@@ -111,9 +140,6 @@ def layer_parts(args: ModelArgs, kind: LayerKind, interleave: bool) -> dict[str,
         "wv": Part("attention.wqkv", (kv, dim), q + kv),
         "wqkv": Part("attention.wqkv", (q + 2 * kv, dim), 0, *order, fixed=kv),
         "wo": Part("attention.wo", (dim, q)),
-        "w1": Part("feed_forward.w1", (ffn, dim)),
-        "w2": Part("feed_forward.w2", (dim, ffn)),
-        "w3": Part("feed_forward.w3", (ffn, dim)),
     }
     norms = {"pre": ("norm",), "post": ("post_norm",), "both": ("norm", "post_norm")}[args.norms]
     for name in (f"{layer}_{norm}" for layer in ("attention", "ffn") for norm in norms):
@@ -143,17 +169,19 @@ def parts(
         table[names["output"]] = Part("output", (args.vocab_size, args.dim))
     absent = ("wq", "wk", "wv") if "wqkv" in names else ("wqkv",)
     for i, kind in enumerate(args.layers):
-        for key, part in layer_parts(args, args.kinds[kind], interleave).items():
+        found = layer_parts(args, args.kinds[kind], interleave) | ffn_parts(args, i)
+        for key, part in found.items():
             if key in absent:
                 continue
-            source = names["layer"].format(i) + names[key]
+            key, _, expert = key.partition(" ")
+            source = names["layer"].format(i) + names[key].format(expert)
             offset = norm_offset if key.endswith("norm") else 0.0
             name = f"layers.{i}.{part.name}"
             table[source] = dataclasses.replace(part, name=name, offset=offset)
     result = {}
     for source, part in table.items():
         result[f"{source}.weight"] = dataclasses.replace(part, name=f"{part.name}.weight")
-        if part.name.split(".")[-1] in args.biases:
+        if part.name.split(".")[-1] in args.biases and part.expert is None:
             bias = dataclasses.replace(part, name=f"{part.name}.bias", shape=part.shape[:1])
             result[f"{source}.bias"] = bias
     return result
@@ -216,14 +244,16 @@ class Target:
 
 
 def write_rows(
-    state: StateFile, name: str, where: slice, rows: Tensor, schemes: dict[str, str], groupsize: int
+    state: StateFile, part: Part, where: slice, rows: Tensor, schemes: dict[str, str], group: int
 ) -> None:
-    """Write these rows of a tensor, quantized if it is the weight of a Linear with a scheme."""
-    linear = name.removesuffix(".weight")
+    """Write these rows of a part, quantized if it is the weight of a Linear with a scheme."""
+    linear = part.name.removesuffix(".weight")
     if linear in schemes:
-        write_linear(state, linear, quantize(rows, schemes[linear], groupsize), where)
+        write_linear(state, linear, quantize(rows, schemes[linear], group), where, part.expert)
     else:
-        state.write(state.places[name][where], rows)
+        place = state.places[part.name]
+        place = place if part.expert is None else place[part.expert]
+        state.write(place[where], rows)
 
 
 def write_state(
@@ -253,9 +283,10 @@ def write_state(
             for rows in tensor.split(max(1, ROUNDED_AT_ONCE // tensor[0].numel())):
                 rows, where = rows.to(target.dtype), slice(start, start + len(rows))
                 check_finite(file, name, rows)
-                write_rows(state, part.name, where, rows, *options)
+                write_rows(state, part, where, rows, *options)
                 if schemes and tied and part.name == "tok_embeddings.weight":
-                    write_rows(state, "output.weight", where, rows, *options)
+                    output = dataclasses.replace(part, name="output.weight")
+                    write_rows(state, output, where, rows, *options)
                 start = where.stop
 
 
@@ -314,7 +345,30 @@ def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Ca
             part = name.replace("gate_up_proj", half)
             found[part] = (rows // 2, *columns)
             sources[part] = lambda whole=whole, i=i: whole().chunk(2)[i]
+    for name in [name for name in found if STACKED.search(name)]:
+        split_experts(name, found, sources)
     return found, lambda name: sources[name]()
+
+
+# One tensor for all experts `[experts, out, in]`, gate and up together, as transformers has it and
+# as Granite's are published.
+STACKED = re.compile(
+    r"(\.experts\.(gate_up|down)_proj|block_sparse_moe\.(input|output)_linear\.weight)$"
+)
+
+
+def split_experts(name: str, found: dict[str, tuple], sources: dict[str, Callable]) -> None:
+    """Put each expert's tensors in the place of one for all of them."""
+    if len(found[name]) != 3 or found[name][0] > MAX_EXPERTS:
+        return
+    (experts, rows, columns), whole = found.pop(name), sources.pop(name)
+    prefix = STACKED.sub("", name)
+    prefix += "block_sparse_moe" if prefix.endswith(".") else ""
+    halves = ("down_proj",) if "down" in name or "output" in name else ("gate_proj", "up_proj")
+    for expert, (i, half) in itertools.product(range(experts), enumerate(halves)):
+        part = f"{prefix}.experts.{expert}.{half}.weight"
+        found[part] = (rows // len(halves), columns)
+        sources[part] = lambda expert=expert, i=i: whole()[expert].chunk(len(halves))[i]
 
 
 @contextlib.contextmanager

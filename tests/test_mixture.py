@@ -1,0 +1,171 @@
+"""A mixture of experts reads the chosen experts alone, in every scheme and whoever runs it."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+import cli
+import model as model_module
+import quantize as cli_quantize
+from cli import UserError
+from conftest import CONFIG, random_model, write_checkpoint
+from engine import Engine, Sampling, generate, load_model
+from families import from_config
+from linear import Linear, linear_for
+from mixture import MixtureOfExperts
+from model import Mixture, Transformer
+from quantize import quantize
+
+SCHEMES = ("bf16", "int8", "int8-activation", "int4")
+OPTIONS = Mixture(experts=8, chosen=3, width=64, shared=0, renormalize=True)
+DIM, ROWS = 64, 5
+CONFIG = CONFIG | {"hidden_size": 64, "num_attention_heads": 4, "model_type": "qwen3_moe"}
+CONFIG |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+CONFIG |= {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True}
+
+
+def store(module: torch.nn.Module, scheme: str) -> None:
+    """Quantize all Linears of a module."""
+    for name, linear in list(module.named_modules()):
+        if isinstance(linear, Linear) and scheme != "bf16":
+            tensors = quantize(linear.weight, scheme, 32)
+            stored = linear_for(linear, tensors)
+            stored.load_state_dict(tensors, assign=True)
+            module.set_submodule(name, stored.requires_grad_(False).float())
+
+
+def random_mixture(scheme: str = "bf16", options: Mixture = OPTIONS) -> MixtureOfExperts:
+    mixture = MixtureOfExperts(DIM, options, torch.nn.functional.silu, None)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in mixture.requires_grad_(False).parameters():
+        parameter.normal_(0, 0.2, generator=generator)
+    store(mixture, scheme)
+    return mixture
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(1, ROWS, DIM, generator=torch.Generator().manual_seed(1))
+
+
+def reference(mixture: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
+    """Every token through every expert, with a share of 0 for those not chosen."""
+    scores = (x[0] @ mixture.router.weight.T).softmax(-1)
+    shares = scores * (scores >= scores.topk(OPTIONS.chosen).values[:, -1:])
+    shares = shares / shares.sum(-1, keepdim=True)
+    w1, w3, w2 = (linear.dequantize() for linear in (mixture.w1, mixture.w3, mixture.w2))
+    h = torch.nn.functional.silu(x @ w1.mT) * (x @ w3.mT)  # [E, N, width]
+    return ((h @ w2.mT) * shares.T.unsqueeze(-1)).sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tokens_go_through_their_experts_in_a_prefill_while_decoding_and_by_number(
+    scheme, packed, x
+):
+    mixture = random_mixture(scheme)
+    if packed:
+        mixture.pack_weights()
+    expected, few = reference(mixture, x), 0.05 if scheme == "int8-activation" else 1e-4
+    near = dict(rtol=few, atol=few * expected.abs().max().item())
+    assert torch.allclose(mixture(x, True), expected, **near)
+    assert torch.allclose(mixture(x, False), expected, **near)
+    chosen, shares = mixture.router(x[0], False)
+    numbered = mixture.by_row(x[0], chosen, shares, False)
+    assert torch.allclose(numbered, mixture(x, False)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_no_other_expert_is_read(x):
+    mixture = random_mixture()
+    expected = mixture(x[:, :1], False)
+    chosen, shares = mixture.router(x[0, :1], False)
+    others = [i for i in range(OPTIONS.experts) if i not in chosen]
+    for linear in (mixture.w1, mixture.w3, mixture.w2):
+        linear.weight[others] = float("nan")
+    assert mixture(x[:, :1], False).equal(expected) and mixture(x[:, :1], True).isfinite().all()
+    assert mixture.by_row(x[0, :1], chosen, shares, False).isfinite().all()
+
+
+def test_a_token_alone_gives_what_it_gives_in_a_batch(x):
+    mixture = random_mixture()
+    together = mixture(x, False)
+    for row in range(ROWS):
+        alone = mixture(x[:, row : row + 1], False)
+        assert torch.allclose(alone[0, 0], together[0, row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_decoding_compiles_to_one_graph(scheme, x):
+    mixture = random_mixture(scheme)
+    torch.compiler.reset()
+    compiled = torch.compile(mixture, fullgraph=True, dynamic=True, backend="eager")
+    compiled(x, False)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        few = x[:, :3].clone()
+        assert torch.allclose(compiled(few, False), mixture(few, False), atol=1e-4)
+
+
+def test_a_prefill_is_not_compiled():
+    model = random_model(CONFIG)
+    model.setup_caches(1, 64)
+    with pytest.raises(UserError, match="--compile_prefill takes no mixture of experts"):
+        Engine(model, compile_prefill=True)
+
+
+def test_a_step_reads_the_chosen_experts_alone():
+    model = random_model(CONFIG)
+    model.setup_caches(1, 64)
+    every = dataclasses.replace(model.args.mixture, chosen=6)
+    whole = Transformer(dataclasses.replace(model.args, mixture=every))
+    whole.setup_caches(1, 64)
+    expert = 3 * 64 * 64 * 4  # bytes
+    assert whole.bytes_per_step(0) - model.bytes_per_step(0) == 2 * 4 * expert
+
+
+def test_without_its_file_a_mixture_says_so_and_a_dense_model_runs(monkeypatch):
+    absent = {"mixture"}
+    found = model_module.optional
+    monkeypatch.setattr(
+        model_module, "optional", lambda name, *rest: None if name in absent else found(name, *rest)
+    )
+    with pytest.raises(UserError, match="needs mixture.py"):
+        Transformer(from_config(CONFIG))
+    Transformer(from_config(CONFIG | {"model_type": "qwen3", "num_experts": None}))
+
+
+# ------------------------------------------------------------------------------------------------
+# A quantized checkpoint
+
+
+def greedy(model: Transformer) -> list[int]:
+    model.setup_caches(1, 64)
+    options = dict(until=lambda _row, _id: False, seeds=[0])
+    steps = generate(Engine(model), [[5, 6, 7, 8]], Sampling(temperature=0), 12, **options)
+    return [token.id for (token,) in steps]
+
+
+@pytest.mark.parametrize("mode", ["int8", "int8-activation", "int4", "hybrid"])
+def test_a_quantized_checkpoint_runs_and_is_that_of_its_rounded_weights(
+    mode, tmp_path, monkeypatch, capsys
+):
+    path = write_checkpoint(tmp_path, CONFIG, torch.bfloat16)
+    flags = ["--checkpoint_path", path, "--mode", mode, "--device", "cpu"]
+    if mode == "hybrid":
+        flags += ["--critical_layers", "layers.0.feed_forward.w?", "*.attention.wo"]
+    monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, flags)])
+    cli.run(cli_quantize.main, cli_quantize.make_parser())
+    (output,) = tmp_path.glob("model_*.pth")
+    model = load_model(output, "cpu", torch.float32)
+    exact = load_model(path, "cpu", torch.float32)
+    kinds = set()
+    for name, linear in model.named_modules():
+        if isinstance(linear, Linear):
+            kinds.add(type(linear).__name__)
+            exact.get_submodule(name).weight = torch.nn.Parameter(linear.dequantize(), False)
+    assert len(kinds) == (2 if mode == "hybrid" else 1) and "Linear" not in kinds
+    assert model.layers[0].feed_forward.w1.weight.shape[0] == 6
+    if mode != "int8-activation":  # which rounds its inputs, too
+        assert greedy(model) == greedy(exact)
+    assert len(greedy(model)) == 12
