@@ -98,12 +98,12 @@ def test_a_token_alone_gives_what_it_gives_in_a_batch(x):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_decoding_compiles_to_one_graph(scheme, x):
-    mixture = random_mixture(scheme)
+    mixture, x = random_mixture(scheme), x.transpose(0, 1).contiguous()  # [ROWS, 1, DIM]
     torch.compiler.reset()
     compiled = torch.compile(mixture, fullgraph=True, dynamic=True, backend="eager")
     compiled(x, False)
     with torch.compiler.set_stance("fail_on_recompile"):
-        few = x[:, :3].clone()
+        few = x[:3]
         assert torch.allclose(compiled(few, False), mixture(few, False), atol=1e-4)
 
 
