@@ -28,7 +28,7 @@ def one_expert(linear: Linear, expert: int) -> Linear:
         name: None if tensor is None else tensor[expert]
         for name, tensor in linear._parameters.items()
     }
-    part._buffers, part.experts = dict(linear._buffers), 0
+    part._buffers, part.experts, part.expert = dict(linear._buffers), 0, expert
     return part
 
 
