@@ -9,6 +9,7 @@ weights are read from the mapped file, quantized and written one at a time.
 from __future__ import annotations
 
 import difflib
+import sys
 from argparse import Namespace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -74,14 +75,19 @@ def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize(
-    weight: Tensor, scheme: str, groupsize: int, hessian: Tensor | None = None, **gptq_options
+    weight: Tensor,
+    scheme: str,
+    groupsize: int,
+    hessian: Tensor | list[Tensor | None] | None = None,
+    **gptq_options,
 ) -> dict[str, Tensor]:
     """The stored tensors of one Linear; a Hessian `[in, in]` makes int4 by GPTQ.
 
-    Experts `[experts, out, in]` are quantized one by one.
+    Experts `[experts, out, in]` are quantized one by one, each by its Hessian if it has one.
     """
     if weight.dim() == 3:
-        parts = [quantize(expert, scheme, groupsize) for expert in weight]
+        pairs = zip(weight, hessian or [None] * len(weight), strict=True)
+        parts = [quantize(expert, scheme, groupsize, own, **gptq_options) for expert, own in pairs]
         return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
     if scheme != "int4":
         codes, scales = quantize_int8(weight)
@@ -199,8 +205,11 @@ def quantize_model(
     """
     errors: dict[str, list[float]] = {scheme: [] for scheme in schemes.values()}
     options = {"percdamp": args.percdamp, "blocksize": args.blocksize, "act_order": args.act_order}
+    unseen: list[int] = []  # for each name, the experts that few tokens reached
 
-    def store(name: str, weight: Tensor, hessian: Tensor | None = None) -> Tensor:
+    def store(name: str, weight: Tensor, hessian: Tensor | list | None = None) -> Tensor:
+        if isinstance(hessian, list):
+            unseen.append(sum(expert is None for expert in hessian))
         check_finite(args.checkpoint_path, f"{name}.weight", weight)
         tensors = quantize(weight, schemes[name], args.groupsize, hessian, **options)
         result = dequantize(model.get_submodule(name), tensors)
@@ -217,6 +226,12 @@ def quantize_model(
     else:
         for name in tqdm(schemes, "quantizing", unit="matrix"):
             store(name, model.get_submodule(name).weight.to(args.device))
+    if sum(unseen):
+        print(
+            f"[{sum(unseen)} matrices of experts were rounded to nearest: fewer calibration tokens "
+            "reached them than they have columns; see --calibration_limit]",
+            file=sys.stderr,
+        )
     return errors
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cli
+import gptq
 import model as model_module
 import quantize as cli_quantize
 from cli import UserError
@@ -16,6 +17,8 @@ from families import from_config
 from linear import Linear, linear_for
 from mixture import MixtureOfExperts
 from model import Mixture, Transformer
+from profiler_scripts.layer_accuracy_analysis import make_variants
+from profiler_scripts.layer_identification import list_linears
 from quantize import quantize
 
 SCHEMES = ("bf16", "int8", "int8-activation", "int4")
@@ -169,3 +172,63 @@ def test_a_quantized_checkpoint_runs_and_is_that_of_its_rounded_weights(
     if mode != "int8-activation":  # which rounds its inputs, too
         assert greedy(model) == greedy(exact)
     assert len(greedy(model)) == 12
+
+
+@pytest.mark.parametrize("length", [400, 30])
+def test_gptq_goes_by_the_tokens_of_each_expert(length):
+    """And leaves an expert to plain rounding that few tokens reach."""
+    model, seen, entered = random_model(CONFIG), {}, []
+    ids = torch.randint(300, (length,), generator=torch.Generator().manual_seed(2))
+
+    def keep(name: str, weight: torch.Tensor, hessian) -> torch.Tensor:
+        seen[name] = hessian
+        return weight
+
+    gptq.quantize_blocks(model, [ids], keep)
+    ffn = model.layers[0].feed_forward
+    ffn.register_forward_pre_hook(lambda _, args: entered.append(args[0][0]))
+    model.setup_caches(1, 512)
+    model(ids[None], torch.arange(length)[None], 512)
+    x = entered[0]
+    chosen = (x @ ffn.router.weight.T).topk(2).indices
+    counts = [int((chosen == i).sum()) for i in range(6)]
+    assert max(counts) >= 64 if length == 400 else min(counts) < 64
+    for i, count in enumerate(counts):
+        found = [seen[f"layers.0.feed_forward.{name}"][i] for name in ("w1", "w3", "w2")]
+        if count < 64:
+            assert found == [None] * 3
+            continue
+        own = x[(chosen == i).any(-1)]
+        h = torch.nn.functional.silu(own @ ffn.w1.weight[i].T) * (own @ ffn.w3.weight[i].T)
+        for hessian, inputs in zip(found, (own, own, h), strict=True):
+            expected = 2 * inputs.T @ inputs / length
+            torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gptq_says_how_many_experts_had_few_tokens(tmp_path, capsys):
+    path = write_checkpoint(tmp_path, CONFIG, torch.bfloat16)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 9)
+    flags = ["--checkpoint_path", path, "--mode", "int4-gptq", "--calibration_file", text]
+    flags += ["--calibration_seq_length", 8, "--calibration_limit", 1, "--device", "cpu"]
+    cli_quantize.main(cli_quantize.make_parser().parse_args([*map(str, flags)]))
+    assert "[36 matrices of experts were rounded to nearest: fewer" in capsys.readouterr().err
+    model = load_model(tmp_path / "model_int4-gptq.g32.pth", "cpu", torch.float32)
+    assert len(greedy(model)) == 12
+
+
+def test_the_layer_analysis_takes_the_experts_of_a_matrix_as_one(capsys):
+    model = random_model(CONFIG).bfloat16()
+    variants = make_variants(model, 32)
+    name = "layers.0.feed_forward.w1"
+    assert variants.nbytes["bf16"][name] == 6 * 64 * 64 * 2
+    rows = {row["layer"]: row for row in list_linears(model)}
+    assert rows[name]["shape"] == "6 x 64 x 64" and rows[name]["parameters"] == 6 * 64 * 64
+    model.setup_caches(1, 64)
+    ids, places = torch.arange(20)[None], torch.arange(20)[None]
+    logits = {}
+    for scheme in ("int4", "int8"):
+        variants.use(dict.fromkeys(variants.modules["bf16"], "int4") | {name: scheme})
+        logits[scheme] = model(ids, places, 64).logits
+        assert logits[scheme].isfinite().all()
+    assert not torch.equal(*logits.values())
