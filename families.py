@@ -79,6 +79,21 @@ def qwen_mixture(config: Keys) -> dict:
     return mixture_of(config, renormalize=renormalize, dense_layers=dense_layers(config))
 
 
+def glm_mixture(config: Keys) -> dict:
+    for key in ("n_group", "topk_group"):
+        config.choice(key, (1,), 1)
+    width = config.count("moe_intermediate_size")
+    return mixture_of(
+        config,
+        shared=width * config.count("n_shared_experts", default=1),
+        score="sigmoid",
+        renormalize=config.flag("norm_topk_prob", True),
+        factor=config.number("routed_scaling_factor", 1.0),
+        biased=True,
+        dense_layers=tuple(range(config.count("first_k_dense_replace", default=1, least=0))),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a `model_type` implies; the defaults are Llama's."""
@@ -176,6 +191,28 @@ FAMILIES = {
         **ALWAYS,
     ),
     "qwen3_moe": Family(NO_WINDOW, qk_norm="head", mixture=qwen_mixture, **ALWAYS),
+    "qwen2_moe": Family(
+        {"qkv_bias": True} | NO_WINDOW,
+        biases=biases_by(qkv_bias=("wqkv",)),
+        windowed=lambda config, i: i % 2 == 0 and i < config.count(LAST, default=28, least=0),
+        mixture=lambda config: (
+            qwen_mixture(config)
+            | {"shared": config.count("shared_expert_intermediate_size"), "shared_gate": True}
+        ),
+    ),
+    "granitemoe": Family(
+        model=granite,
+        kind=lambda config: {"scale": config.number("attention_multiplier", 1.0)},
+        mixture=lambda config: mixture_of(config, "intermediate_size", renormalize=True),
+        names={"router": "block_sparse_moe.router.layer"},
+    ),
+    "glm4_moe": Family(
+        {"partial_rotary_factor": 0.5} | EPS,
+        biases=biases_by(attention_bias=("wqkv",)),
+        partial_rotary=True,
+        model=lambda config: {"qk_norm": "head" if config.flag("use_qk_norm") else ""},
+        mixture=glm_mixture,
+    ),
     "olmoe": Family(
         EPS,
         qk_norm="flat",
@@ -266,13 +303,12 @@ def from_config(config: dict) -> ModelArgs:
         intermediate_size=keys.count("intermediate_size"),
         norm_eps=keys.number("rms_norm_eps", 1e-6),
         norms=family.norms,
-        qk_norm=family.qk_norm,
         act=ACTIVATIONS[keys.choice(act, (*ACTIVATIONS,), "silu")],
         tied=keys.flag("tie_word_embeddings"),
         biases=family.biases(keys),
         mixture=family.mixture and Mixture(**family.mixture(keys)),
         **layer_kinds(keys, family, context),
-        **family.model(keys),
+        **{"qk_norm": family.qk_norm} | family.model(keys),
     )
 
 

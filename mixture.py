@@ -50,6 +50,17 @@ class Router(nn.Module):
         super().__init__()
         self.options = options
         self.weight = nn.Parameter(torch.empty(options.experts, dim))
+        self.bias = nn.Parameter(torch.empty(options.experts)) if options.biased else None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Router:
+        """Keep the bias in float32 when the model goes to another dtype: its digits decide."""
+        before = None if self.bias is None else self.bias.data
+        super()._apply(fn, recurse)
+        if before is not None:
+            device = self.weight.device
+            kept = torch.empty(before.shape, device=device) if before.is_meta else before.to(device)
+            self.bias = nn.Parameter(kept.float(), requires_grad=False)
+        return self
 
     def forward(self, x: Tensor, prefill: bool) -> tuple[Tensor, Tensor]:
         """The experts of each row of x `[N, dim]`, and what each adds its share of: `[N, k]`."""
@@ -59,7 +70,8 @@ class Router(nn.Module):
         else:  # each row by itself, so that no choice depends on the rows beside it
             logits = torch.bmm(weight.expand(len(x), -1, -1), rows.unsqueeze(-1)).squeeze(-1)
         scores = logits.sigmoid() if options.score == "sigmoid" else logits.softmax(-1)
-        shares, chosen = scores.topk(options.chosen)
+        chosen = (scores if self.bias is None else scores + self.bias).topk(options.chosen).indices
+        shares = scores.gather(-1, chosen)
         if options.renormalize:
             shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
         return chosen, shares * options.factor
@@ -74,6 +86,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, dim: int, options: Any, act: Callable, shared: nn.Module | None):
         super().__init__()
         self.act, self.shared, self.router = act, shared, Router(dim, options)
+        self.shared_gate = nn.Linear(dim, 1, bias=False) if options.shared_gate else None
         self.w1 = Linear(dim, options.width, experts=options.experts)
         self.w3 = Linear(dim, options.width, experts=options.experts)
         self.w2 = Linear(options.width, dim, experts=options.experts)
@@ -98,7 +111,11 @@ class MixtureOfExperts(nn.Module):
         waits = x.device.type == "cpu" and not torch.compiler.is_compiling()
         y = (self.by_expert if prefill or waits else self.by_row)(rows, chosen, shares, prefill)
         y = y.type_as(x).view_as(x)
-        return y if self.shared is None else y + self.shared(x, prefill)
+        return y if self.shared is None else y + self.shared_output(x, prefill)
+
+    def shared_output(self, x: Tensor, prefill: bool) -> Tensor:
+        y = self.shared(x, prefill)
+        return y if self.shared_gate is None else y * self.shared_gate(x).sigmoid()
 
     def by_expert(self, x: Tensor, chosen: Tensor, shares: Tensor, prefill: bool) -> Tensor:
         """One expert after the other with all its tokens; the sum is float32 `[N, dim]`.

@@ -58,9 +58,11 @@ class Mixture:
     chosen: int  # for each token
     width: int  # hidden units of an expert
     shared: int = 0  # and of the one that every token goes through
+    shared_gate: bool = False  # whose output has a sigmoid gate
     score: str = "softmax"  # softmax | sigmoid
     renormalize: bool = False  # the chosen experts' scores to a sum of 1
     factor: float = 1.0  # of what the chosen experts add
+    biased: bool = False  # a bias for choosing alone
     dense_layers: tuple[int, ...] = ()  # those that keep their FFN
 
 

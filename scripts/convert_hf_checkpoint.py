@@ -35,7 +35,7 @@ from checkpoint import StateFile, check_finite
 from cli import Parser, UserError, read_json, replacing, run
 from families import find_family, from_config
 from keys import Keys
-from kinds import MAX_EXPERTS
+from kinds import MAX_EXPERTS, MAX_LAYERS
 from model import LayerKind, ModelArgs, Transformer
 from quantize import (
     GROUP_SIZES,
@@ -76,6 +76,10 @@ HF_NAMES = {
     "expert_w1": "mlp.experts.{}.gate_proj",
     "expert_w2": "mlp.experts.{}.down_proj",
     "expert_w3": "mlp.experts.{}.up_proj",
+    "shared_w1": "mlp.shared_expert.gate_proj",
+    "shared_w2": "mlp.shared_expert.down_proj",
+    "shared_w3": "mlp.shared_expert.up_proj",
+    "shared_gate": "mlp.shared_expert_gate",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
@@ -124,6 +128,10 @@ def ffn_parts(args: ModelArgs, layer: int) -> dict[str, Part]:
     if mixture is None or layer in mixture.dense_layers:
         return matrices("{}", "", args.intermediate_size)
     table = {"router": Part("feed_forward.router", (mixture.experts, args.dim))}
+    if mixture.shared:
+        table |= matrices("shared_{}", "shared.", mixture.shared)
+    if mixture.shared_gate:
+        table["shared_gate"] = Part("feed_forward.shared_gate", (1, args.dim))
     for i in range(mixture.experts):
         table |= matrices(f"expert_{{}} {i}", "", mixture.width, i)
     return table
@@ -181,7 +189,8 @@ def parts(
     result = {}
     for source, part in table.items():
         result[f"{source}.weight"] = dataclasses.replace(part, name=f"{part.name}.weight")
-        if part.name.split(".")[-1] in args.biases and part.expert is None:
+        chooses = part.name.endswith(".router") and args.mixture.biased
+        if chooses or part.name.split(".")[-1] in args.biases and part.expert is None:
             bias = dataclasses.replace(part, name=f"{part.name}.bias", shape=part.shape[:1])
             result[f"{source}.bias"] = bias
     return result
@@ -270,6 +279,7 @@ def write_state(
     """
     tied = all(part.name != "output.weight" for part in table.values())
     layout, schemes = target.layout(args, tied)
+    dtypes = {n: t.dtype if t.is_floating_point() else target.dtype for n, t in layout.items()}
     with StateFile(path, layout) as state:
         for file, name, tensor in tqdm(tensors, "converting", len(table), unit="tensor"):
             part = table[name]
@@ -281,7 +291,7 @@ def write_state(
             tensor = part.arrange(tensor)
             start, options = part.start, (schemes, target.groupsize)
             for rows in tensor.split(max(1, ROUNDED_AT_ONCE // tensor[0].numel())):
-                rows, where = rows.to(target.dtype), slice(start, start + len(rows))
+                rows, where = rows.to(dtypes[part.name]), slice(start, start + len(rows))
                 check_finite(file, name, rows)
                 write_rows(state, part, where, rows, *options)
                 if schemes and tied and part.name == "tok_embeddings.weight":
@@ -336,6 +346,8 @@ def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Ca
     for source, shape in shapes.items():
         name = re.sub(r"^model\.language_model\.", "model.", source)
         name = name.removeprefix("language_model.")
+        name = name.replace(".gate.e_score_correction_bias", ".gate.bias")
+        name = name.replace(".shared_experts.", ".shared_expert.")
         found[name], sources[name] = tuple(shape), functools.partial(get_tensor, source)
     for name in [name for name in found if ".gate_up_proj." in name]:
         if not found[name] or found[name][0] % 2:
@@ -363,7 +375,7 @@ def split_experts(name: str, found: dict[str, tuple], sources: dict[str, Callabl
         return
     (experts, rows, columns), whole = found.pop(name), sources.pop(name)
     prefix = STACKED.sub("", name)
-    prefix += "block_sparse_moe" if prefix.endswith(".") else ""
+    prefix += "mlp" if prefix.endswith(".") else ""
     halves = ("down_proj",) if "down" in name or "output" in name else ("gate_proj", "up_proj")
     for expert, (i, half) in itertools.product(range(experts), enumerate(halves)):
         part = f"{prefix}.experts.{expert}.{half}.weight"
@@ -413,16 +425,23 @@ def equal_tensors(shards: list[Path], names: tuple[str, str]) -> bool:
     return torch.equal(first, second)
 
 
+def beside(config: Keys, found: Iterable[str]) -> set[str]:
+    """The tensors that are not of the text model; layers that draft stand after its own."""
+    layers = config.count("num_hidden_layers", MAX_LAYERS)
+    drafts = config.count("num_nextn_predict_layers", MAX_LAYERS, default=0, least=0)
+    drafts = tuple(f"model.layers.{i}." for i in range(layers, layers + drafts))
+    return {name for name in found if BESIDE.match(name) or name.startswith(drafts)}
+
+
 def text_tensors(
     args: ModelArgs, shards: list[Path], found: dict[str, tuple], names: dict[str, str]
 ) -> tuple[ModelArgs, dict[str, tuple]]:
-    """The shapes of the text model among those `found`, and its args by what the files hold.
+    """The shapes that are used among those `found`, and the model's args by what the files hold.
 
     Old checkpoints carry the rotary table, and some tied ones the embedding twice. An output matrix
     with other values is one of its own, whatever the configuration says.
     """
-    unused = {name for name in found if BESIDE.match(name) or name.endswith("rotary_emb.inv_freq")}
-    used = {name: found[name] for name in found if name not in unused}
+    used = {n: shape for n, shape in found.items() if not n.endswith("rotary_emb.inv_freq")}
     pair = (f"{names['tok_embeddings']}.weight", f"{names['output']}.weight")
     if args.tied and used.keys() >= {*pair}:
         if equal_tensors(shards, pair):
@@ -432,11 +451,11 @@ def text_tensors(
     return args, used
 
 
-def notices(args: ModelArgs, config: Keys, found: dict[str, tuple]) -> Iterator[str]:
+def notices(args: ModelArgs, config: Keys, unused: set[str]) -> Iterator[str]:
     """What the user may miss in the converted model."""
-    length, beside = config.count("max_position_embeddings"), [*filter(BESIDE.match, found)]
-    if beside:
-        yield f"{len(beside)} tensors that are not of the text model are left out"
+    length = config.count("max_position_embeddings")
+    if unused:
+        yield f"{len(unused)} tensors that are not of the text model are left out"
     if args.block_size < length:
         yield f"the context is {args.block_size} positions, not {length}: longrope ends there"
 
@@ -488,12 +507,14 @@ def convert(
         with open_shard(file) as (shapes, _):
             found |= shapes
             files |= dict.fromkeys(shapes, file)
+    unused = beside(keys, found)
+    found = {name: shape for name, shape in found.items() if name not in unused}
     args, used = text_tensors(args, shards, found, names)
     table = parts(args, names, not family.interleaved, family.norm_offset)
     shapes = {name: part.shape for name, part in table.items()}
     scaled = take_scales(folder, used, shapes, block) if block else []
     check_tensors(folder, used, table)
-    for notice in notices(args, keys, found):
+    for notice in notices(args, keys, unused):
         print(f"[{notice}]", file=sys.stderr)
     tensors = read_tensors(shards, table)
     if scaled:

@@ -121,6 +121,31 @@ CASES = {
         decoder_sparse_step=2,
         mlp_only_layers=[3],
     ),
+    "qwen2_moe": QWEN_WINDOW
+    | dict(qkv_bias=True, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)
+    | dict(shared_expert_intermediate_size=64, norm_topk_prob=True, mlp_only_layers=[1]),
+    "granitemoe": dict(
+        attention_multiplier=0.4,
+        embedding_multiplier=3.3,
+        logits_scaling=2.7,
+        residual_multiplier=0.45,
+        attention_bias=True,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+    ),
+    "glm4_moe": dict(
+        head_dim=32,
+        attention_bias=True,
+        use_qk_norm=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=0.25),
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        moe_intermediate_size=32,
+        first_k_dense_replace=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.7,
+    ),
     "olmoe": dict(attention_bias=True, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True),
 }
 
@@ -143,6 +168,9 @@ def random_hf(family: str, options: dict) -> transformers.PreTrainedModel:
         scale = 0.15 if parameter.ndim > 1 else 0.3
         mean = 1.0 if "norm" in name and family != "gemma3_text" else 0.0
         parameter.copy_(torch.randn_like(parameter) * scale + mean)
+    for name, buffer in model.named_buffers():
+        if "bias" in name:
+            buffer.normal_(0.0, 0.3)
     return model
 
 
@@ -282,6 +310,12 @@ PROPERTIES = {  # so that none is lost unseen
     "exaone4": BOTH | {"norms", "qk_norm", "rope of kind 1"},
     "mixtral": {"window", "norm_eps", "rope of kind 0"} | CHOICE,
     "qwen3_moe": {"window", "norm_eps", "rope of kind 0", "rope_scale", "biases", "qk_norm"}
+    | CHOICE,
+    "qwen2_moe": BOTH | {"biases", "shared_gate"} | CHOICE,
+    "granitemoe": {"norm_eps", "embed_scale", "residual_scale", "logit_scale", "scale", "biases"}
+    | CHOICE,
+    "glm4_moe": {"norm_eps", "biases", "qk_norm", "rope of kind 0"}
+    | {"score", "factor", "biased"}
     | CHOICE,
     "olmoe": {"norm_eps", "qk_norm", "biases"} | CHOICE,
 }

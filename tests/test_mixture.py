@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 import cli
 import gptq
@@ -20,6 +22,7 @@ from model import Mixture, Transformer
 from profiler_scripts.layer_accuracy_analysis import make_variants
 from profiler_scripts.layer_identification import list_linears
 from quantize import quantize
+from scripts.convert_hf_checkpoint import convert
 
 SCHEMES = ("bf16", "int8", "int8-activation", "int4")
 OPTIONS = Mixture(experts=8, chosen=3, width=64, shared=0, renormalize=True)
@@ -232,3 +235,25 @@ def test_the_layer_analysis_takes_the_experts_of_a_matrix_as_one(capsys):
         logits[scheme] = model(ids, places, 64).logits
         assert logits[scheme].isfinite().all()
     assert not torch.equal(*logits.values())
+
+
+def test_the_bias_for_choosing_stays_float32(tmp_path):
+    """Published biases are large beside the scores: in bf16 other experts would be chosen."""
+    config = CONFIG | {"model_type": "glm4_moe", "num_experts": None, "n_routed_experts": 6}
+    config |= {"first_k_dense_replace": 1, "use_qk_norm": True, "num_nextn_predict_layers": 1}
+    hf = transformers.AutoModelForCausalLM.from_config(
+        transformers.Glm4MoeConfig(**config), dtype=torch.bfloat16
+    )
+    biases = torch.linspace(7, 7.01, 6)
+    for name, buffer in hf.named_buffers():
+        if "correction_bias" in name:
+            buffer.data = biases.clone()
+    hf.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    draft = {"model.layers.3.eh_proj.weight": torch.ones(2, 2)}  # a layer after the model's own
+    save_file(tensors | draft, tmp_path / "model.safetensors")
+    for mode in (None, "int4"):
+        path = convert(tmp_path, torch.bfloat16, mode)
+        router = load_model(path, "cpu", torch.bfloat16).layers[1].feed_forward.router
+        assert router.bias.dtype == torch.float32 and router.bias.equal(biases)
+        assert router.weight.dtype == torch.bfloat16
