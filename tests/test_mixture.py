@@ -13,7 +13,7 @@ import gptq
 import model as model_module
 import quantize as cli_quantize
 from cli import UserError
-from conftest import CONFIG, random_model, write_checkpoint
+from conftest import CONFIG, random_model, write_checkpoint, write_tokenizer
 from engine import Engine, Sampling, generate, load_model
 from families import from_config
 from linear import Linear, linear_for
@@ -235,6 +235,36 @@ def test_the_layer_analysis_takes_the_experts_of_a_matrix_as_one(capsys):
         logits[scheme] = model(ids, places, 64).logits
         assert logits[scheme].isfinite().all()
     assert not torch.equal(*logits.values())
+
+
+def test_experts_published_as_one_tensor_are_those_published_one_by_one(tmp_path):
+    torch.manual_seed(0)
+    hf = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**CONFIG))
+    hf.save_pretrained(tmp_path)
+    expected = torch.load(convert(tmp_path, torch.float32))
+    (tmp_path / "model.pth").unlink()
+    stacked = {n: t.contiguous() for n, t in hf.state_dict().items()}
+    assert stacked["model.layers.0.mlp.experts.gate_up_proj"].shape == (6, 128, 64)
+    save_file(stacked, tmp_path / "model.safetensors")
+    found = torch.load(convert(tmp_path, torch.float32))
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int8-activation", "int4", "hybrid"])
+def test_converting_with_a_mode_gives_the_file_of_quantize(mode, tmp_path):
+    torch.manual_seed(0)
+    hf = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**CONFIG))
+    hf.bfloat16().save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    directly = torch.load(convert(tmp_path, torch.bfloat16, mode))
+    path = str(convert(tmp_path, torch.bfloat16))
+    flags = ["--checkpoint_path", path, "--mode", mode, "--device", "cpu", "--label", "_after_"]
+    cli_quantize.main(cli_quantize.make_parser().parse_args(flags))
+    (output,) = tmp_path.glob("model_after_*.pth")
+    afterwards = torch.load(output)
+    assert directly.keys() == afterwards.keys()
+    assert all(directly[name].equal(afterwards[name]) for name in directly)
 
 
 def test_the_bias_for_choosing_stays_float32(tmp_path):
