@@ -180,6 +180,8 @@ class Engine:
             self.decode_step = functools.partial(model, block=compiled(TransformerBlock.forward))
         elif compile == "whole" and not self.fused:
             self.decode_step = compiled(model)
+        if compile_prefill and model.args.mixture:
+            raise UserError("--compile_prefill takes no mixture of experts; leave it out")
         if compile_prefill and self.prefill_step is model:
             self.prefill_step = functools.partial(model, block=compiled(TransformerBlock.forward))
         # On a GPU the next step is launched before the host has read the last one's tokens.

@@ -14,8 +14,18 @@ from pathlib import Path
 
 from cli import UserError, read_json
 from keys import Keys
-from kinds import MAX_LAYERS, context_length, head_sizes, original_length, rope_section, rotations
-from model import LayerKind, ModelArgs
+from kinds import (
+    EXPERTS,
+    MAX_LAYERS,
+    context_length,
+    dense_layers,
+    head_sizes,
+    mixture_of,
+    original_length,
+    rope_section,
+    rotations,
+)
+from model import LayerKind, Mixture, ModelArgs
 
 PRESETS = Path(__file__).with_name("presets.json")
 ATTENTION, FFN = ("wqkv", "wo"), ("w1", "w2", "w3")  # the Linears that may have biases
@@ -64,6 +74,26 @@ def ministral(config: Keys) -> dict:
     return {"query_scale": (rope.number("llama_4_scaling_beta"), original_length(config, rope))}
 
 
+def qwen_mixture(config: Keys) -> dict:
+    renormalize = config.flag("norm_topk_prob")
+    return mixture_of(config, renormalize=renormalize, dense_layers=dense_layers(config))
+
+
+def glm_mixture(config: Keys) -> dict:
+    for key in ("n_group", "topk_group"):
+        config.choice(key, (1,), 1)
+    width = config.count("moe_intermediate_size")
+    return mixture_of(
+        config,
+        shared=width * config.count("n_shared_experts", default=1),
+        score="sigmoid",
+        renormalize=config.flag("norm_topk_prob", True),
+        factor=config.number("routed_scaling_factor", 1.0),
+        biased=True,
+        dense_layers=tuple(range(config.count("first_k_dense_replace", default=1, least=0))),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a `model_type` implies; the defaults are Llama's."""
@@ -79,6 +109,7 @@ class Family:
     partial_rotary: bool = False
     model: Callable[[Keys], dict] = lambda config: {}  # more fields of ModelArgs
     kind: Callable[[Keys], dict] = lambda config: {}  # and of LayerKind
+    mixture: Callable[[Keys], dict] | None = None  # the fields of its Mixture
     # How its tensors are published; names by the keys of convert_hf_checkpoint.HF_NAMES.
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     interleaved: bool = False  # q and k lie in Meta's rotary order already
@@ -97,6 +128,9 @@ GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "v
 GEMMA |= {"max_position_embeddings": 131072, "hidden_activation": "gelu_pytorch_tanh"} | TIED
 GEMMA |= {"sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
 GLM = {"rms_norm_eps": 1.5625e-7, "head_dim": 128, "partial_rotary_factor": 0.5}
+
+MIXTRAL = {f"expert_{name}": f"block_sparse_moe.experts.{{}}.{name}" for name in FFN}
+MIXTRAL |= {"router": "block_sparse_moe.gate"}
 
 FAMILIES = {
     "llama": Family(),
@@ -150,12 +184,49 @@ FAMILIES = {
         unrotated=lambda config, _, windowed: config.has("sliding_window") and not windowed,
         **POST,
     ),
+    "mixtral": Family(
+        {"rope_theta": 1e6} | EPS,
+        mixture=lambda config: mixture_of(config, "intermediate_size", renormalize=True),
+        names=MIXTRAL,
+        **ALWAYS,
+    ),
+    "qwen3_moe": Family(NO_WINDOW, qk_norm="head", mixture=qwen_mixture, **ALWAYS),
+    "qwen2_moe": Family(
+        {"qkv_bias": True} | NO_WINDOW,
+        biases=biases_by(qkv_bias=("wqkv",)),
+        windowed=lambda config, i: i % 2 == 0 and i < config.count(LAST, default=28, least=0),
+        mixture=lambda config: (
+            qwen_mixture(config)
+            | {"shared": config.count("shared_expert_intermediate_size"), "shared_gate": True}
+        ),
+    ),
+    "granitemoe": Family(
+        model=granite,
+        kind=lambda config: {"scale": config.number("attention_multiplier", 1.0)},
+        mixture=lambda config: mixture_of(config, "intermediate_size", renormalize=True),
+        names={"router": "block_sparse_moe.router.layer"},
+    ),
+    "glm4_moe": Family(
+        {"partial_rotary_factor": 0.5} | EPS,
+        biases=biases_by(attention_bias=("wqkv",)),
+        partial_rotary=True,
+        model=lambda config: {"qk_norm": "head" if config.flag("use_qk_norm") else ""},
+        mixture=glm_mixture,
+    ),
+    "olmoe": Family(
+        EPS,
+        qk_norm="flat",
+        mixture=lambda config: mixture_of(
+            config, "intermediate_size", renormalize=config.flag("norm_topk_prob")
+        ),
+    ),
 }
 # Checkpoints with a vision tower, and the text model within where they do not say which.
 WRAPPERS = {"mistral3": "mistral", "gemma3": "gemma3_text"}
 # What nothing here computes, and the keys that ask for it.
 UNKNOWN = {
-    "a mixture of experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "a mixture of experts": EXPERTS,
+    "a clip of q, k and v": ("clip_qkv",),
     "a cap on attention scores": ("attn_logit_softcapping",),
     "attention to later tokens": ("use_bidirectional_attention",),
     "latent attention": ("kv_lora_rank",),
@@ -176,7 +247,8 @@ def find_family(config: dict) -> tuple[Keys, Family]:
     kind = keys.get("model_type")
     for part in (keys, keys.section("text_config")):  # of a wrapper that is not known
         for what, asking in UNKNOWN.items():
-            for key in filter(part.values.get, asking):
+            known = asking is EXPERTS and getattr(FAMILIES.get(str(kind)), "mixture", None)
+            for key in () if known else filter(part.values.get, asking):
                 why = f"of a {kind!r:.60} model with {what}, which is not supported"
                 raise part.refusal(key, why, "use another model")
     family = FAMILIES[keys.choice("model_type", (*FAMILIES,), None)]
@@ -231,12 +303,12 @@ def from_config(config: dict) -> ModelArgs:
         intermediate_size=keys.count("intermediate_size"),
         norm_eps=keys.number("rms_norm_eps", 1e-6),
         norms=family.norms,
-        qk_norm=family.qk_norm,
         act=ACTIVATIONS[keys.choice(act, (*ACTIVATIONS,), "silu")],
         tied=keys.flag("tie_word_embeddings"),
         biases=family.biases(keys),
+        mixture=family.mixture and Mixture(**family.mixture(keys)),
         **layer_kinds(keys, family, context),
-        **family.model(keys),
+        **{"qk_norm": family.qk_norm} | family.model(keys),
     )
 
 

@@ -157,29 +157,48 @@ class AllAtOnce(nn.Module):
 
 
 def add_inputs(hessian: Tensor, count: int, linear: Linear, args: tuple[Tensor]) -> None:
-    """A forward pre-hook: add the part of x `[1, T, in]` to 2 X X^T / count, in float32."""
-    x = args[0][0].float()
+    """A forward pre-hook: add the part of x `[..., in]` to 2 X X^T / count, in float32.
+
+    Of a mixture the hessian is `[experts, in, in]`, and the hook is called for each expert.
+    """
+    x = args[0].flatten(0, -2).float()
+    hessian = hessian[linear.expert] if hessian.dim() == 3 else hessian
     hessian.addmm_(x.t(), x, alpha=2 / count)
+
+
+def count_tokens(tokens: Tensor, linear: Linear, args: tuple[Tensor]) -> None:
+    """A forward pre-hook: count the tokens that reach each expert, int64 `[experts]`."""
+    tokens[linear.expert] += len(args[0])
 
 
 def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: int) -> dict:
     """By name, the Hessian `[in, in]` of each Linear's inputs while `run` maps all states.
 
-    `states` are hidden states `[1, T, dim]`, `count` positions together.
+    `states` are hidden states `[1, T, dim]`, `count` positions together. Of experts it is a list,
+    with None for those that fewer tokens reach than the matrix has columns: then what GPTQ learns
+    from inputs in general position makes others worse than rounding to nearest does.
     """
-    hessians, hooks = {}, []
+    hessians, hooks, tokens = {}, [], {}
     for name, linear in linears.items():
         if name.endswith("w3"):  # gets the very input of w1
             hessians[name] = hessians[name.removesuffix("w3") + "w1"]
             continue
-        width = linear.weight.shape[1]
-        hessians[name] = torch.zeros(width, width, device=linear.weight.device)
+        shape = (linear.experts,) * (linear.experts > 0) + (linear.in_features,) * 2
+        hessians[name] = torch.zeros(shape, device=linear.weight.device)
         hook = functools.partial(add_inputs, hessians[name], count)
         hooks.append(linear.register_forward_pre_hook(hook))
+        if linear.experts:
+            tokens[name] = torch.zeros(linear.experts, dtype=torch.int64)
+            hook = functools.partial(count_tokens, tokens[name])
+            hooks.append(linear.register_forward_pre_hook(hook))
     for x in states:
         run(x)
     for hook in hooks:
         hook.remove()
+    for name, reached in tokens.items():
+        enough = reached >= linears[name].in_features
+        own = [h if yes else None for h, yes in zip(hessians[name], enough, strict=True)]
+        hessians |= {name: own} | ({name[:-1] + "3": own} if name.endswith("w1") else {})
     return hessians
 
 
@@ -187,7 +206,7 @@ def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: 
 def quantize_blocks(
     model: Transformer,
     sequences: Iterable[Tensor],
-    quantize: Callable[[str, Tensor, Tensor], Tensor],
+    quantize: Callable[[str, Tensor, Tensor | list[Tensor | None]], Tensor],
 ) -> None:
     """Call `quantize(name, weight, hessian)` once for every Linear, block by block.
 

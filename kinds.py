@@ -18,7 +18,7 @@ from keys import MAX_SIZE, Keys, is_number
 # What a file may ask for. The largest published numbers are 126 layers (Llama 3.1 405B), 128 heads
 # and 512 dimensions a head; what is made of a configuration before the weights are seen takes time
 # and memory in proportion to the layers and the head_dim.
-MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 2**10, 2**12, 2**12
+MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_EXPERTS = 2**10, 2**12, 2**12, 2**12
 
 
 def head_sizes(config: Keys) -> tuple[int, int, int]:
@@ -157,3 +157,29 @@ def rotations(config: Keys, rope: Keys, head_dim: int, partial: bool) -> dict:
     freqs, scale = ROPES[scaling_of(rope)](freqs, rope, config)
     still = [0.0] * (head_dim // 2 - len(freqs))
     return {"rope": (*freqs.tolist(), *still), "rope_scale": scale}
+
+
+# ------------------------------------------------------------------------------------------------
+# Mixtures of experts
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def mixture_of(config: Keys, width: str = "moe_intermediate_size", **properties) -> dict:
+    """The fields of a `model.Mixture` that every family has; `width` is the key of an expert's."""
+    key = next((key for key in EXPERTS if config.has(key)), EXPERTS[0])
+    experts = config.count(key, MAX_EXPERTS)
+    chosen = config.count("num_experts_per_tok", MAX_EXPERTS)
+    if chosen > experts:
+        raise config.refusal("num_experts_per_tok", f"more than the {experts} of {key}")
+    return dict(experts=experts, chosen=chosen, width=config.count(width)) | properties
+
+
+def dense_layers(config: Keys) -> tuple[int, ...]:
+    """The layers without a mixture: those that Qwen's files name, and all but every n-th."""
+    layers = range(config.count("num_hidden_layers", MAX_LAYERS))
+    dense = config.get("mlp_only_layers", [])
+    if type(dense) is not list or not all(layer in layers for layer in dense):
+        raise config.refusal("mlp_only_layers", "not a list of layers")
+    step = config.count("decoder_sparse_step", default=1)
+    return tuple(i for i in layers if i in dense or (i + 1) % step)

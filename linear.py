@@ -30,12 +30,15 @@ def kernels_for(device: str) -> ModuleType | None:
 
 
 class Linear(nn.Module):
-    """`y = x @ weight.T + bias`: x `[..., in]`, weight float `[out, in]`."""
+    """`y = x @ weight.T + bias`: x `[..., in]`, weight float `[out, in]`.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+    Of several `experts` every stored tensor has a leading dimension; mixture.py multiplies by them.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, experts: int = 0):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.in_features, self.out_features, self.experts = in_features, out_features, experts
+        self.declare("weight", torch.get_default_dtype(), out_features, in_features)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         # The weight and its scales as the operators of this device take them.
         self.register_buffer("tiles", None, persistent=False)
@@ -43,6 +46,7 @@ class Linear(nn.Module):
 
     def declare(self, name: str, dtype: torch.dtype, *shape: int) -> None:
         """Declare a tensor of the checkpoint."""
+        shape = (self.experts, *shape) if self.experts else shape
         setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
 
     def pack_weights(self, grid: Tensor | None = None) -> None:
@@ -51,9 +55,14 @@ class Linear(nn.Module):
         packed = kernels.pack(self.weight.data, grid) if kernels else None
         self.tiles, self.grid = packed or (None, None)
 
-    def dequantize(self) -> Tensor:
-        """The weight as floats `[out, in]`."""
-        return self.weight
+    def stored(self, name: str, chosen: Tensor | None = None) -> Tensor:
+        """A tensor of the checkpoint; of the `chosen` experts alone if there are several."""
+        tensor = getattr(self, name)
+        return tensor if chosen is None else tensor[chosen]
+
+    def dequantize(self, chosen: Tensor | None = None) -> Tensor:
+        """The weight as floats `[out, in]`, of `chosen` experts `[n, out, in]`."""
+        return self.stored("weight", chosen)
 
     def forward(self, x: Tensor, prefill: bool = False) -> Tensor:
         """Kernels use one arithmetic for a `prefill` and one for decoding, for any number of rows:
@@ -73,17 +82,17 @@ class Int8Linear(Linear):
 
     scales_name = "scales"
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__(in_features, out_features, bias)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, experts: int = 0):
+        super().__init__(in_features, out_features, bias, experts)
         self.declare("weight", torch.int8, out_features, in_features)
         self.declare(self.scales_name, torch.bfloat16, out_features)
 
     def pack_weights(self) -> None:
         super().pack_weights(getattr(self, self.scales_name).data)
 
-    def dequantize(self) -> Tensor:
-        scales = getattr(self, self.scales_name)
-        return self.weight.to(scales.dtype) * scales.unsqueeze(-1)
+    def dequantize(self, chosen: Tensor | None = None) -> Tensor:
+        scales = self.stored(self.scales_name, chosen)
+        return self.stored("weight", chosen).to(scales.dtype) * scales.unsqueeze(-1)
 
     def matmul(self, x: Tensor, prefill: bool) -> Tensor:
         if self.tiles is not None:
@@ -99,8 +108,8 @@ class Int8ActivationLinear(Int8Linear):
 
     scales_name = "scales_a8"
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__(in_features, out_features, bias)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, experts: int = 0):
+        super().__init__(in_features, out_features, bias, experts)
         self.peak = nn.Identity()  # where tp.py asks for the maximum of all ranks' columns
 
     def matmul(self, x: Tensor, prefill: bool) -> Tensor:
@@ -121,8 +130,15 @@ class Int4Linear(Linear):
     value = (code - 8) * scale + zero.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, groups: int = 1):
-        super().__init__(in_features, out_features, bias)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        experts: int = 0,
+        groups: int = 1,
+    ):
+        super().__init__(in_features, out_features, bias, experts)
         self.groupsize = in_features // groups
         self.declare("weight", torch.uint8, out_features, in_features // 2)
         self.declare("scales_and_zeros", torch.bfloat16, groups, out_features, 2)
@@ -135,10 +151,11 @@ class Int4Linear(Linear):
             codes = unpack_int4(self.weight).int()
             self.packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
 
-    def dequantize(self) -> Tensor:
-        grid = self.scales_and_zeros.transpose(0, 1).unsqueeze(2)  # [out, groups, 1, 2]
-        codes = unpack_int4(self.weight).unflatten(1, (-1, self.groupsize)).to(grid.dtype)
-        return ((codes - 8) * grid[..., 0] + grid[..., 1]).flatten(1)
+    def dequantize(self, chosen: Tensor | None = None) -> Tensor:
+        grid = self.stored("scales_and_zeros", chosen)
+        grid = grid.transpose(-3, -2).unsqueeze(-2)  # [out, groups, 1, 2]
+        codes = unpack_int4(self.stored("weight", chosen)).unflatten(-1, (-1, self.groupsize))
+        return ((codes.to(grid.dtype) - 8) * grid[..., 0] + grid[..., 1]).flatten(-2)
 
     def matmul(self, x: Tensor, prefill: bool) -> Tensor:
         if self.tiles is not None:
@@ -152,8 +169,8 @@ class Int4Linear(Linear):
 
 def int_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """int8 x `[M, in]` times int8 weight `[out, in]`, exactly, on a device that has only floats."""
-    pairs = zip(x.float().split(1024, 1), weight.float().split(1024, 1), strict=True)
-    return sum((a @ b.t()).int() for a, b in pairs)  # a sum of 1024 products fits float32
+    pairs = zip(x.float().split(1024, -1), weight.float().split(1024, -1), strict=True)
+    return sum((a @ b.mT).int() for a, b in pairs)  # a sum of 1024 products fits float32
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -163,7 +180,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """The inverse of `pack_int4`."""
-    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
+    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2)
 
 
 SCHEMES = {"scales": Int8Linear, "scales_a8": Int8ActivationLinear, "scales_and_zeros": Int4Linear}
@@ -171,10 +188,10 @@ SCHEMES = {"scales": Int8Linear, "scales_a8": Int8ActivationLinear, "scales_and_
 
 def linear_for(linear: Linear, tensors: dict[str, Tensor]) -> Linear:
     """The Linear, on the same device and of the same shape, that takes these stored tensors."""
-    options = dict(bias=linear.bias is not None)
+    options = dict(bias=linear.bias is not None, experts=linear.experts)
     scheme = next((scheme for name, scheme in SCHEMES.items() if name in tensors), None)
     if scheme is Int4Linear:
-        groups = tensors["scales_and_zeros"].shape[0]
+        groups = tensors["scales_and_zeros"].shape[-3:][0]
         options["groups"] = groups if groups and linear.in_features % groups == 0 else 1
     with linear.weight.device:
         return scheme(linear.in_features, linear.out_features, **options) if scheme else linear

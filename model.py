@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import check_layers, check_state, join_qkv, load_state, upload
-from cli import UserError
+from cli import UserError, optional
 from linear import Linear, kernels_for, linear_for
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
 
 
-NOT_YET = {"mixture", "mixer", "sinks", "values_from_keys", "value_norm"}
+NOT_YET = {"mixer", "sinks", "values_from_keys", "value_norm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +52,18 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """A mixture of experts in place of the FFN."""
+    """A mixture of experts in place of the FFN; see mixture.py."""
 
     experts: int
-    chosen: int
-    width: int
-    shared: int = 0
-    score: str = "softmax"
-    renormalize: bool = False
-    factor: float = 1.0
-    dense_layers: tuple[int, ...] = ()
+    chosen: int  # for each token
+    width: int  # hidden units of an expert
+    shared: int = 0  # and of the one that every token goes through
+    shared_gate: bool = False  # whose output has a sigmoid gate
+    score: str = "softmax"  # softmax | sigmoid
+    renormalize: bool = False  # the chosen experts' scores to a sum of 1
+    factor: float = 1.0  # of what the chosen experts add
+    biased: bool = False  # a bias for choosing alone
+    dense_layers: tuple[int, ...] = ()  # those that keep their FFN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,11 @@ class ModelArgs:
         """The shape of one rank's part of `world`: fewer heads and hidden units, of equal size."""
         heads = [(kind, kind.n_head // world, kind.n_local_heads // world) for kind in self.kinds]
         kinds = [dataclasses.replace(k, n_head=n, n_local_heads=kv) for k, n, kv in heads]
-        ffn = self.intermediate_size // world
-        return dataclasses.replace(self, kinds=tuple(kinds), intermediate_size=ffn)
+        parts = {"kinds": tuple(kinds), "intermediate_size": self.intermediate_size // world}
+        if self.mixture:
+            width, shared = self.mixture.width // world, self.mixture.shared // world
+            parts["mixture"] = dataclasses.replace(self.mixture, width=width, shared=shared)
+        return dataclasses.replace(self, **parts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -295,11 +300,24 @@ class FeedForward(nn.Module):
         return self.w2(self.act(self.w1(x, prefill)) * self.w3(x, prefill), prefill)
 
 
+def feed_forward(args: ModelArgs, layer: int) -> nn.Module:
+    """The FFN of a layer, or the mixture of experts in its place."""
+    options = args.mixture
+    if options is None or layer in options.dense_layers:
+        return FeedForward(args)
+    mixture = optional("mixture")
+    if mixture is None:
+        raise UserError("a mixture of experts needs mixture.py; put it beside model.py")
+    shared = dataclasses.replace(args, intermediate_size=options.shared)
+    shared = FeedForward(shared) if options.shared else None
+    return mixture.MixtureOfExperts(args.dim, options, ACTIVATIONS[args.act], shared)
+
+
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs, kind: LayerKind):
+    def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        self.attention = Attention(args, kind)
-        self.feed_forward = FeedForward(args)
+        self.attention = Attention(args, args.kinds[args.layers[layer]])
+        self.feed_forward = feed_forward(args, layer)
         pre = nn.Identity if args.norms == "post" else RMSNorm
         post = nn.Identity if args.norms == "pre" else RMSNorm
         self.attention_norm = pre(args.dim, args.norm_eps)
@@ -320,8 +338,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim))
-        kinds = [args.kinds[i] for i in args.layers]
-        self.layers = nn.ModuleList(TransformerBlock(args, kind) for kind in kinds)
+        self.layers = nn.ModuleList(TransformerBlock(args, i) for i in range(len(args.layers)))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
         self.max_seq_length = 0
@@ -347,8 +364,11 @@ class Transformer(nn.Module):
     def pack_weights(self) -> None:
         """Pack the weights for this device's kernels, once; they must not change afterwards."""
         for module in self.modules():
-            if isinstance(module, Linear) and module.tiles is None:
+            if isinstance(module, Linear) and module.tiles is None and not module.experts:
                 module.pack_weights()
+        for layer in self.layers:
+            if not isinstance(layer.feed_forward, FeedForward):
+                layer.feed_forward.pack_weights()
 
     def embed(self, idx: Tensor) -> Tensor:
         """Embeddings, scaled where the family says so by a number of their dtype, as trained."""
@@ -399,9 +419,17 @@ class Transformer(nn.Module):
         return min(-(-length // step) * step, self.max_seq_length)
 
     def bytes_per_step(self, kv_len: int) -> int:
-        """Bytes that decoding one token reads: every weight once, and `kv_len` cached positions."""
-        weights = self.state_dict(keep_vars=True)
-        read = sum(t.nbytes for name, t in weights.items() if name != "tok_embeddings.weight")
+        """Bytes that decoding one token reads: every weight once, and `kv_len` cached positions.
+
+        Of a mixture, the chosen experts alone.
+        """
+        weights, mixture = self.state_dict(keep_vars=True), self.args.mixture
+        stacks = {n for n, module in self.named_modules() if getattr(module, "experts", 0)}
+        sizes = {n: t.nbytes for n, t in weights.items() if n != "tok_embeddings.weight"}
+        for name in sizes:
+            if name.rpartition(".")[0] in stacks:
+                sizes[name] = sizes[name] * mixture.chosen // mixture.experts
+        read = sum(sizes.values())
         positions = [
             (layer.attention.kv_cache.k_cache[:, :, 0].nbytes, layer.attention.kind.window)
             for layer in self.layers

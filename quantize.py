@@ -9,6 +9,7 @@ weights are read from the mapped file, quantized and written one at a time.
 from __future__ import annotations
 
 import difflib
+import sys
 from argparse import Namespace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -74,9 +75,20 @@ def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize(
-    weight: Tensor, scheme: str, groupsize: int, hessian: Tensor | None = None, **gptq_options
+    weight: Tensor,
+    scheme: str,
+    groupsize: int,
+    hessian: Tensor | list[Tensor | None] | None = None,
+    **gptq_options,
 ) -> dict[str, Tensor]:
-    """The stored tensors of one Linear; a Hessian `[in, in]` makes int4 by GPTQ."""
+    """The stored tensors of one Linear; a Hessian `[in, in]` makes int4 by GPTQ.
+
+    Experts `[experts, out, in]` are quantized one by one, each by its Hessian if it has one.
+    """
+    if weight.dim() == 3:
+        pairs = zip(weight, hessian or [None] * len(weight), strict=True)
+        parts = [quantize(expert, scheme, groupsize, own, **gptq_options) for expert, own in pairs]
+        return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
     if scheme != "int4":
         codes, scales = quantize_int8(weight)
         return {"weight": codes, MARKERS[scheme]: scales}
@@ -159,7 +171,7 @@ def stored_layout(model: Transformer, schemes: dict[str, str], groupsize: int) -
     for name, scheme in schemes.items():
         linear = model.get_submodule(name)
         with torch.device("meta"):
-            plain = Linear(linear.in_features, linear.out_features)
+            plain = Linear(linear.in_features, linear.out_features, experts=linear.experts)
             groups = torch.empty(linear.in_features // groupsize, 0)
         tensors = linear_for(plain, {MARKERS[scheme]: groups}).state_dict()
         layout |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
@@ -167,11 +179,16 @@ def stored_layout(model: Transformer, schemes: dict[str, str], groupsize: int) -
 
 
 def write_linear(
-    file: StateFile, name: str, tensors: dict[str, Tensor], rows: slice = slice(None)
+    file: StateFile,
+    name: str,
+    tensors: dict[str, Tensor],
+    rows: slice = slice(None),
+    expert: int | None = None,
 ) -> None:
-    """Write the stored tensors of these rows of a Linear."""
+    """Write the stored tensors of these rows of a Linear, or of one of its experts."""
     for key, tensor in tensors.items():
         place = file.places[f"{name}.{key}"]
+        place = place if expert is None else place[expert]
         file.write(place[:, rows] if key == "scales_and_zeros" else place[rows], tensor.cpu())
 
 
@@ -188,8 +205,11 @@ def quantize_model(
     """
     errors: dict[str, list[float]] = {scheme: [] for scheme in schemes.values()}
     options = {"percdamp": args.percdamp, "blocksize": args.blocksize, "act_order": args.act_order}
+    unseen: list[int] = []  # for each name, the experts that few tokens reached
 
-    def store(name: str, weight: Tensor, hessian: Tensor | None = None) -> Tensor:
+    def store(name: str, weight: Tensor, hessian: Tensor | list | None = None) -> Tensor:
+        if isinstance(hessian, list):
+            unseen.append(sum(expert is None for expert in hessian))
         check_finite(args.checkpoint_path, f"{name}.weight", weight)
         tensors = quantize(weight, schemes[name], args.groupsize, hessian, **options)
         result = dequantize(model.get_submodule(name), tensors)
@@ -206,6 +226,12 @@ def quantize_model(
     else:
         for name in tqdm(schemes, "quantizing", unit="matrix"):
             store(name, model.get_submodule(name).weight.to(args.device))
+    if sum(unseen):
+        print(
+            f"[{sum(unseen)} matrices of experts were rounded to nearest: fewer calibration tokens "
+            "reached them than they have columns; see --calibration_limit]",
+            file=sys.stderr,
+        )
     return errors
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from checkpoint import find_device
 from cli import UserError, number
 from linear import Int8ActivationLinear, Linear
-from model import AllHeadsNorm, ModelArgs, Transformer
+from model import AllHeadsNorm, FeedForward, ModelArgs, Transformer
 
 ops = torch.ops._c10d_functional  # unlike dist.all_reduce, torch.compile sees through them
 
@@ -163,9 +163,12 @@ def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int, path: Pat
     counts = {"KV heads": math.gcd(*(kind.n_local_heads for kind in args.kinds))}
     counts |= {"heads": math.gcd(*(kind.n_head for kind in args.kinds))}
     counts["columns of w2"] = args.intermediate_size
+    if args.mixture:
+        counts["columns of an expert's w2"] = args.mixture.width
+        counts["columns of the shared expert's w2"] = args.mixture.shared
     for key, tensor in state.items():
         if key.endswith(tuple(f".{name}.scales_and_zeros" for name in BY_COLUMNS)):
-            counts[f"int4 groups of {key.removesuffix('.scales_and_zeros')}"] = len(tensor)
+            counts[f"int4 groups of {key.removesuffix('.scales_and_zeros')}"] = tensor.shape[-3:][0]
     fitting = [n for n in range(1, counts["KV heads"] + 1) if not math.gcd(*counts.values()) % n]
     for what, count in counts.items():
         if count % world:
@@ -197,7 +200,8 @@ class Shard:
         for key, tensor in state.items():
             layer = re.match(r"layers\.(\d+)\.", key)
             layer = model.layers[min(int(layer[1]), args.n_layer - 1) if layer else 0]
-            state[key] = self.slice_tensor(key, tensor, layer.attention.heads)
+            stacked = ".feed_forward.w" in key and not isinstance(layer.feed_forward, FeedForward)
+            state[key] = self.slice_tensor(key, tensor, layer.attention.heads, int(stacked))
         return model
 
     def share(self, size: int) -> int:
@@ -209,9 +213,12 @@ class Shard:
         share = self.share(size)
         return range(size)[self.rank * share : (self.rank + 1) * share]
 
-    def slice_tensor(self, key: str, tensor: Tensor, heads: tuple[int, int, int]) -> Tensor:
+    def slice_tensor(
+        self, key: str, tensor: Tensor, heads: tuple[int, int, int], leading: int = 0
+    ) -> Tensor:
         """The rank's part of a stored tensor: a view of the mapped file where it can be one.
 
+        Before the dimensions of a Linear stand `leading` others; a rank has a part of every expert.
         A tensor without the dimensions it should have stays whole; `check_state` will name it.
         """
         name, _, kind = key.rpartition(".")
@@ -223,6 +230,7 @@ class Shard:
         else:  # a bias is added to one rank's products only
             once = layer in BY_COLUMNS and kind == "bias" and self.rank > 0
             return torch.zeros_like(tensor) if once else tensor
+        dim += leading
         if tensor is None or tensor.dim() <= dim:
             return tensor
         size = tensor.shape[dim]
@@ -244,8 +252,9 @@ class Shard:
             rows = self.vocabulary(size)
             part = model.tok_embeddings.weight[rows.start : rows.stop]
             model.output.weight = nn.Parameter(part, requires_grad=False)
+        for module in summed(model):
+            module.register_forward_hook(lambda _module, _x, y: self.reduce(y, "sum"))
         for linear in by_columns(model):
-            linear.register_forward_hook(lambda _module, _x, y: self.reduce(y, "sum"))
             if isinstance(linear, Int8ActivationLinear):
                 linear.peak.register_forward_hook(lambda _module, _x, y: self.reduce(y, "max"))
         for norm in norms_of_all_heads(model):
@@ -266,10 +275,13 @@ class Shard:
         """What a decoding step of `rows` rows puts into its collectives, and their time alone."""
         like, size = model.norm.weight, model.args.vocab_size
         calls = [(self.gather, like.new_zeros(rows, 1, len(self.vocabulary(size))), size)]
+        for _ in summed(model):
+            calls.append((self.reduce, like.new_zeros(rows, 1, model.args.dim), "sum"))
         for linear in by_columns(model):
-            calls.append((self.reduce, like.new_zeros(rows, 1, linear.out_features), "sum"))
             if isinstance(linear, Int8ActivationLinear):
-                calls.append((self.reduce, torch.zeros(rows, 1, device=self.device), "max"))
+                times = model.args.mixture.chosen if linear.experts else 1
+                peaks = torch.zeros(rows, 1, device=self.device)
+                calls += [(self.reduce, peaks, "max")] * times
         calls += [
             (self.reduce, torch.zeros(rows, 1, 1, device=self.device), "sum")
             for _ in norms_of_all_heads(model)
@@ -292,6 +304,13 @@ def norms_of_all_heads(model: Transformer) -> list[AllHeadsNorm]:
 
 
 def by_columns(model: Transformer) -> list[Linear]:
-    """The Linears whose products are summed over the ranks."""
-    pairs = [(layer.attention.wo, layer.feed_forward.w2) for layer in model.layers]
-    return [linear for pair in pairs for linear in pair]
+    """The Linears of which a rank has some columns."""
+    modules = model.named_modules()
+    return [m for n, m in modules if n.endswith(BY_COLUMNS) and isinstance(m, Linear)]
+
+
+def summed(model: Transformer) -> list[nn.Module]:
+    """The modules whose outputs are summed over the ranks; experts are added up before."""
+    ffns = [layer.feed_forward for layer in model.layers]
+    ffns = [ffn.w2 if isinstance(ffn, FeedForward) else ffn for ffn in ffns]
+    return [layer.attention.wo for layer in model.layers] + ffns

@@ -118,7 +118,7 @@ def make_variants(model: Transformer, groupsize: int) -> Variants:
             if scheme == "int4":
                 weight = module.dequantize()
                 with torch.device("meta"):
-                    module = Linear(linear.in_features, linear.out_features)
+                    module = Linear(linear.in_features, linear.out_features, experts=linear.experts)
                 module.weight = torch.nn.Parameter(weight)
             module.bias = linear.bias
             modules[scheme][name] = module.requires_grad_(False)

@@ -38,10 +38,11 @@ def list_linears(model: Transformer) -> list[dict]:
     rows, whole = [], unique_bytes(model)
     for name, linear in model.named_modules():
         if isinstance(linear, Linear):
-            weights = linear.in_features * linear.out_features
+            experts = f"{linear.experts} x " if linear.experts else ""
+            weights = linear.in_features * linear.out_features * max(linear.experts, 1)
             bias = 0 if linear.bias is None else linear.bias.numel()
             size = unique_bytes(linear)
-            row = {"layer": name, "shape": f"{linear.out_features} x {linear.in_features}"}
+            row = {"layer": name, "shape": f"{experts}{linear.out_features} x {linear.in_features}"}
             row |= {"parameters": weights + bias, "bytes": size, "stored as": scheme_of(linear)}
             rows.append(row | {"share (%)": 100 * size / whole})
     return rows

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pickle
 import re
 import sys
@@ -34,6 +35,7 @@ from checkpoint import StateFile, check_finite
 from cli import Parser, UserError, read_json, replacing, run
 from families import find_family, from_config
 from keys import Keys
+from kinds import MAX_EXPERTS, MAX_LAYERS
 from model import LayerKind, ModelArgs, Transformer
 from quantize import (
     GROUP_SIZES,
@@ -70,6 +72,14 @@ HF_NAMES = {
     "w1": "mlp.gate_proj",
     "w2": "mlp.down_proj",
     "w3": "mlp.up_proj",
+    "router": "mlp.gate",
+    "expert_w1": "mlp.experts.{}.gate_proj",
+    "expert_w2": "mlp.experts.{}.down_proj",
+    "expert_w3": "mlp.experts.{}.up_proj",
+    "shared_w1": "mlp.shared_expert.gate_proj",
+    "shared_w2": "mlp.shared_expert.down_proj",
+    "shared_w3": "mlp.shared_expert.up_proj",
+    "shared_gate": "mlp.shared_expert_gate",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
@@ -88,6 +98,7 @@ class Part:
     head_dim: int = 0
     fixed: int = 0  # rows at the end that are no heads to be interleaved
     offset: float = 0.0  # to be added, in float32
+    expert: int | None = None  # of a tensor for all experts, the one to which it goes
 
     def arrange(self, tensor: Tensor) -> Tensor:
         """The published tensor as the network wants it."""
@@ -100,9 +111,35 @@ class Part:
         return tensor.float() + self.offset if self.offset else tensor
 
 
+def ffn_parts(args: ModelArgs, layer: int) -> dict[str, Part]:
+    """The weights of a layer's FFN or mixture of experts, by the keys of `HF_NAMES`.
+
+    A key that ends in a number is of the expert of this number.
+    """
+
+    def matrices(key: str, place: str, width: int, expert: int | None = None) -> dict[str, Part]:
+        shapes = {"w1": (width, args.dim), "w2": (args.dim, width), "w3": (width, args.dim)}
+        return {
+            key.format(name): Part(f"feed_forward.{place}{name}", shape, expert=expert)
+            for name, shape in shapes.items()
+        }
+
+    mixture = args.mixture
+    if mixture is None or layer in mixture.dense_layers:
+        return matrices("{}", "", args.intermediate_size)
+    table = {"router": Part("feed_forward.router", (mixture.experts, args.dim))}
+    if mixture.shared:
+        table |= matrices("shared_{}", "shared.", mixture.shared)
+    if mixture.shared_gate:
+        table["shared_gate"] = Part("feed_forward.shared_gate", (1, args.dim))
+    for i in range(mixture.experts):
+        table |= matrices(f"expert_{{}} {i}", "", mixture.width, i)
+    return table
+
+
 def layer_parts(args: ModelArgs, kind: LayerKind, interleave: bool) -> dict[str, Part]:
-    """The weights of a layer of this kind, by the keys of `HF_NAMES`."""
-    dim, ffn = args.dim, args.intermediate_size
+    """The weights of a layer of this kind beside its FFN, by the keys of `HF_NAMES`."""
+    dim = args.dim
     q, kv = kind.n_head * kind.head_dim, kind.n_local_heads * kind.head_dim
     order = (sum(map(bool, kind.rope)) if interleave else 0, kind.head_dim)
     table = {
@@ -111,9 +148,6 @@ def layer_parts(args: ModelArgs, kind: LayerKind, interleave: bool) -> dict[str,
         "wv": Part("attention.wqkv", (kv, dim), q + kv),
         "wqkv": Part("attention.wqkv", (q + 2 * kv, dim), 0, *order, fixed=kv),
         "wo": Part("attention.wo", (dim, q)),
-        "w1": Part("feed_forward.w1", (ffn, dim)),
-        "w2": Part("feed_forward.w2", (dim, ffn)),
-        "w3": Part("feed_forward.w3", (ffn, dim)),
     }
     norms = {"pre": ("norm",), "post": ("post_norm",), "both": ("norm", "post_norm")}[args.norms]
     for name in (f"{layer}_{norm}" for layer in ("attention", "ffn") for norm in norms):
@@ -143,17 +177,20 @@ def parts(
         table[names["output"]] = Part("output", (args.vocab_size, args.dim))
     absent = ("wq", "wk", "wv") if "wqkv" in names else ("wqkv",)
     for i, kind in enumerate(args.layers):
-        for key, part in layer_parts(args, args.kinds[kind], interleave).items():
+        found = layer_parts(args, args.kinds[kind], interleave) | ffn_parts(args, i)
+        for key, part in found.items():
             if key in absent:
                 continue
-            source = names["layer"].format(i) + names[key]
+            key, _, expert = key.partition(" ")
+            source = names["layer"].format(i) + names[key].format(expert)
             offset = norm_offset if key.endswith("norm") else 0.0
             name = f"layers.{i}.{part.name}"
             table[source] = dataclasses.replace(part, name=name, offset=offset)
     result = {}
     for source, part in table.items():
         result[f"{source}.weight"] = dataclasses.replace(part, name=f"{part.name}.weight")
-        if part.name.split(".")[-1] in args.biases:
+        chooses = part.name.endswith(".router") and args.mixture.biased
+        if chooses or part.name.split(".")[-1] in args.biases and part.expert is None:
             bias = dataclasses.replace(part, name=f"{part.name}.bias", shape=part.shape[:1])
             result[f"{source}.bias"] = bias
     return result
@@ -216,14 +253,16 @@ class Target:
 
 
 def write_rows(
-    state: StateFile, name: str, where: slice, rows: Tensor, schemes: dict[str, str], groupsize: int
+    state: StateFile, part: Part, where: slice, rows: Tensor, schemes: dict[str, str], group: int
 ) -> None:
-    """Write these rows of a tensor, quantized if it is the weight of a Linear with a scheme."""
-    linear = name.removesuffix(".weight")
+    """Write these rows of a part, quantized if it is the weight of a Linear with a scheme."""
+    linear = part.name.removesuffix(".weight")
     if linear in schemes:
-        write_linear(state, linear, quantize(rows, schemes[linear], groupsize), where)
+        write_linear(state, linear, quantize(rows, schemes[linear], group), where, part.expert)
     else:
-        state.write(state.places[name][where], rows)
+        place = state.places[part.name]
+        place = place if part.expert is None else place[part.expert]
+        state.write(place[where], rows)
 
 
 def write_state(
@@ -240,6 +279,7 @@ def write_state(
     """
     tied = all(part.name != "output.weight" for part in table.values())
     layout, schemes = target.layout(args, tied)
+    dtypes = {n: t.dtype if t.is_floating_point() else target.dtype for n, t in layout.items()}
     with StateFile(path, layout) as state:
         for file, name, tensor in tqdm(tensors, "converting", len(table), unit="tensor"):
             part = table[name]
@@ -251,11 +291,12 @@ def write_state(
             tensor = part.arrange(tensor)
             start, options = part.start, (schemes, target.groupsize)
             for rows in tensor.split(max(1, ROUNDED_AT_ONCE // tensor[0].numel())):
-                rows, where = rows.to(target.dtype), slice(start, start + len(rows))
+                rows, where = rows.to(dtypes[part.name]), slice(start, start + len(rows))
                 check_finite(file, name, rows)
-                write_rows(state, part.name, where, rows, *options)
+                write_rows(state, part, where, rows, *options)
                 if schemes and tied and part.name == "tok_embeddings.weight":
-                    write_rows(state, "output.weight", where, rows, *options)
+                    output = dataclasses.replace(part, name="output.weight")
+                    write_rows(state, output, where, rows, *options)
                 start = where.stop
 
 
@@ -305,6 +346,8 @@ def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Ca
     for source, shape in shapes.items():
         name = re.sub(r"^model\.language_model\.", "model.", source)
         name = name.removeprefix("language_model.")
+        name = name.replace(".gate.e_score_correction_bias", ".gate.bias")
+        name = name.replace(".shared_experts.", ".shared_expert.")
         found[name], sources[name] = tuple(shape), functools.partial(get_tensor, source)
     for name in [name for name in found if ".gate_up_proj." in name]:
         if not found[name] or found[name][0] % 2:
@@ -314,7 +357,30 @@ def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Ca
             part = name.replace("gate_up_proj", half)
             found[part] = (rows // 2, *columns)
             sources[part] = lambda whole=whole, i=i: whole().chunk(2)[i]
+    for name in [name for name in found if STACKED.search(name)]:
+        split_experts(name, found, sources)
     return found, lambda name: sources[name]()
+
+
+# One tensor for all experts `[experts, out, in]`, gate and up together, as transformers has it and
+# as Granite's are published.
+STACKED = re.compile(
+    r"(\.experts\.(gate_up|down)_proj|block_sparse_moe\.(input|output)_linear\.weight)$"
+)
+
+
+def split_experts(name: str, found: dict[str, tuple], sources: dict[str, Callable]) -> None:
+    """Put each expert's tensors in the place of one for all of them."""
+    if len(found[name]) != 3 or found[name][0] > MAX_EXPERTS:
+        return
+    (experts, rows, columns), whole = found.pop(name), sources.pop(name)
+    prefix = STACKED.sub("", name)
+    prefix += "mlp" if prefix.endswith(".") else ""
+    halves = ("down_proj",) if "down" in name or "output" in name else ("gate_proj", "up_proj")
+    for expert, (i, half) in itertools.product(range(experts), enumerate(halves)):
+        part = f"{prefix}.experts.{expert}.{half}.weight"
+        found[part] = (rows // len(halves), columns)
+        sources[part] = lambda expert=expert, i=i: whole()[expert].chunk(len(halves))[i]
 
 
 @contextlib.contextmanager
@@ -359,16 +425,23 @@ def equal_tensors(shards: list[Path], names: tuple[str, str]) -> bool:
     return torch.equal(first, second)
 
 
+def beside(config: Keys, found: Iterable[str]) -> set[str]:
+    """The tensors that are not of the text model; layers that draft stand after its own."""
+    layers = config.count("num_hidden_layers", MAX_LAYERS)
+    drafts = config.count("num_nextn_predict_layers", MAX_LAYERS, default=0, least=0)
+    drafts = tuple(f"model.layers.{i}." for i in range(layers, layers + drafts))
+    return {name for name in found if BESIDE.match(name) or name.startswith(drafts)}
+
+
 def text_tensors(
     args: ModelArgs, shards: list[Path], found: dict[str, tuple], names: dict[str, str]
 ) -> tuple[ModelArgs, dict[str, tuple]]:
-    """The shapes of the text model among those `found`, and its args by what the files hold.
+    """The shapes that are used among those `found`, and the model's args by what the files hold.
 
     Old checkpoints carry the rotary table, and some tied ones the embedding twice. An output matrix
     with other values is one of its own, whatever the configuration says.
     """
-    unused = {name for name in found if BESIDE.match(name) or name.endswith("rotary_emb.inv_freq")}
-    used = {name: found[name] for name in found if name not in unused}
+    used = {n: shape for n, shape in found.items() if not n.endswith("rotary_emb.inv_freq")}
     pair = (f"{names['tok_embeddings']}.weight", f"{names['output']}.weight")
     if args.tied and used.keys() >= {*pair}:
         if equal_tensors(shards, pair):
@@ -378,11 +451,11 @@ def text_tensors(
     return args, used
 
 
-def notices(args: ModelArgs, config: Keys, found: dict[str, tuple]) -> Iterator[str]:
+def notices(args: ModelArgs, config: Keys, unused: set[str]) -> Iterator[str]:
     """What the user may miss in the converted model."""
-    length, beside = config.count("max_position_embeddings"), [*filter(BESIDE.match, found)]
-    if beside:
-        yield f"{len(beside)} tensors that are not of the text model are left out"
+    length = config.count("max_position_embeddings")
+    if unused:
+        yield f"{len(unused)} tensors that are not of the text model are left out"
     if args.block_size < length:
         yield f"the context is {args.block_size} positions, not {length}: longrope ends there"
 
@@ -434,12 +507,14 @@ def convert(
         with open_shard(file) as (shapes, _):
             found |= shapes
             files |= dict.fromkeys(shapes, file)
+    unused = beside(keys, found)
+    found = {name: shape for name, shape in found.items() if name not in unused}
     args, used = text_tensors(args, shards, found, names)
     table = parts(args, names, not family.interleaved, family.norm_offset)
     shapes = {name: part.shape for name, part in table.items()}
     scaled = take_scales(folder, used, shapes, block) if block else []
     check_tensors(folder, used, table)
-    for notice in notices(args, keys, found):
+    for notice in notices(args, keys, unused):
         print(f"[{notice}]", file=sys.stderr)
     tensors = read_tensors(shards, table)
     if scaled:

@@ -146,8 +146,25 @@ def test_a_gemma_that_says_little_has_the_published_sizes():
         ({"model_type": ["llama"]}, r"model_type is \['llama'\], which is not supported"),
         ({"model_type": None}, "lacks model_type"),
         (
-            {"model_type": "mixtral", "num_local_experts": 8},
-            "num_local_experts is 8, of a 'mixtral' model with a mixture of experts, which is not",
+            {"model_type": "gpt_oss", "num_local_experts": 8},
+            "num_local_experts is 8, of a 'gpt_oss' model with a mixture of experts, which is not",
+        ),
+        (
+            {"model_type": "olmoe", "clip_qkv": 8.0},
+            "clip_qkv is 8.0, of a 'olmoe' model with a clip of q, k and v, which is not",
+        ),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 9},
+            "num_experts_per_tok is 9, more than the 8 of num_local_experts",
+        ),
+        (
+            {"model_type": "mixtral", "num_local_experts": 2**20, "num_experts_per_tok": 2},
+            "num_local_experts is 1048576, not a count from 1 to 4096",
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}
+            | {"moe_intermediate_size": 32, "mlp_only_layers": [2]},
+            r"mlp_only_layers is \[2\], not a list of layers",
         ),
         (
             {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},

@@ -24,7 +24,7 @@ from checkpoint import load_state
 from engine import Engine, Sampling, generate, load_model
 from families import from_config
 from linear import Linear, linear_for
-from model import LayerKind, ModelArgs, Transformer
+from model import LayerKind, Mixture, ModelArgs, Transformer
 from prefill_cache import PrefillCache
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
@@ -105,6 +105,48 @@ CASES = {
         rope_parameters=dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=0.25),
     ),
     "exaone4": dict(sliding_window=5, sliding_window_pattern=4),
+    "mixtral": dict(
+        head_dim=32, sliding_window=7, num_local_experts=6, num_experts_per_tok=3, rope_theta=1e3
+    ),
+    "qwen3_moe": dict(
+        head_dim=32,
+        use_sliding_window=True,
+        sliding_window=5,
+        rope_parameters=YARN,
+        attention_bias=True,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
+    "qwen2_moe": QWEN_WINDOW
+    | dict(qkv_bias=True, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)
+    | dict(shared_expert_intermediate_size=64, norm_topk_prob=True, mlp_only_layers=[1]),
+    "granitemoe": dict(
+        attention_multiplier=0.4,
+        embedding_multiplier=3.3,
+        logits_scaling=2.7,
+        residual_multiplier=0.45,
+        attention_bias=True,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+    ),
+    "glm4_moe": dict(
+        head_dim=32,
+        attention_bias=True,
+        use_qk_norm=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=0.25),
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        moe_intermediate_size=32,
+        first_k_dense_replace=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.7,
+    ),
+    "olmoe": dict(attention_bias=True, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True),
 }
 
 
@@ -126,6 +168,9 @@ def random_hf(family: str, options: dict) -> transformers.PreTrainedModel:
         scale = 0.15 if parameter.ndim > 1 else 0.3
         mean = 1.0 if "norm" in name and family != "gemma3_text" else 0.0
         parameter.copy_(torch.randn_like(parameter) * scale + mean)
+    for name, buffer in model.named_buffers():
+        if "bias" in name:
+            buffer.normal_(0.0, 0.3)
     return model
 
 
@@ -205,7 +250,8 @@ def test_a_quantized_model_is_that_of_its_rounded_weights(published):
 # Controls: what no property can be left out of
 
 SIZES = {"dim", "n_layer", "vocab_size", "block_size", "intermediate_size", "tied"}
-SIZES |= {"n_head", "n_local_heads", "head_dim"}
+SIZES |= {"n_head", "n_local_heads", "head_dim", "mixture"}
+SIZES |= {"experts", "width", "shared", "dense_layers"}  # without which no tensor fits
 
 
 def left_out(args: ModelArgs) -> dict[str, ModelArgs]:
@@ -220,6 +266,12 @@ def left_out(args: ModelArgs) -> dict[str, ModelArgs]:
         if field.name not in SIZES | {"rope"} and values != {field.default}:
             kinds = [dataclasses.replace(k, **{field.name: field.default}) for k in args.kinds]
             plain[field.name] = dataclasses.replace(args, kinds=tuple(kinds))
+    for field in dataclasses.fields(Mixture) if args.mixture else ():
+        value = getattr(args.mixture, field.name)
+        if field.name not in SIZES and value != field.default:
+            default = value - 1 if field.name == "chosen" else field.default
+            mixture = dataclasses.replace(args.mixture, **{field.name: default})
+            plain[field.name] = dataclasses.replace(args, mixture=mixture)
     for i, kind in enumerate(args.kinds):
         head_dim = kind.head_dim
         whole = tuple(1e4 ** (-2 * j / head_dim) for j in range(head_dim // 2))
@@ -237,7 +289,7 @@ def args_of(family: str) -> ModelArgs:
 
 
 CONTROLS = [(family, name) for family in CASES for name in left_out(args_of(family))]
-BOTH = {"window", "layers", "norm_eps"}
+BOTH, CHOICE = {"window", "layers", "norm_eps"}, {"chosen", "renormalize"}
 PROPERTIES = {  # so that none is lost unseen
     "mistral": {"window", "norm_eps"},
     "ministral3": {"window", "norm_eps", "rope of kind 0", "rope_scale", "query_scale"},
@@ -256,6 +308,16 @@ PROPERTIES = {  # so that none is lost unseen
     | {"rope of kind 0", "rope of kind 1"},
     "glm4": {"norm_eps", "norms", "biases", "rope of kind 0"},
     "exaone4": BOTH | {"norms", "qk_norm", "rope of kind 1"},
+    "mixtral": {"window", "norm_eps", "rope of kind 0"} | CHOICE,
+    "qwen3_moe": {"window", "norm_eps", "rope of kind 0", "rope_scale", "biases", "qk_norm"}
+    | CHOICE,
+    "qwen2_moe": BOTH | {"biases", "shared_gate"} | CHOICE,
+    "granitemoe": {"norm_eps", "embed_scale", "residual_scale", "logit_scale", "scale", "biases"}
+    | CHOICE,
+    "glm4_moe": {"norm_eps", "biases", "qk_norm", "rope of kind 0"}
+    | {"score", "factor", "biased"}
+    | CHOICE,
+    "olmoe": {"norm_eps", "qk_norm", "biases"} | CHOICE,
 }
 
 

@@ -50,6 +50,9 @@ OTHERS = {
     "granite": BASE
     | {"model_type": "granite", "embedding_multiplier": 3.0}
     | {"residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "experts": BASE
+    | {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 64, "num_hidden_layers": 3, "mlp_only_layers": [1]},
 }
 PAGES = """
 task: tp_pages
