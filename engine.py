@@ -228,6 +228,10 @@ class Engine:
         """How many of the first `length` cached tokens can be kept."""
         return length  # keys and values stand at their positions
 
+    def release(self) -> None:
+        """Free the captured steps: NCCL waits at its end for every CUDA graph that it is in."""
+        self.decode_step = self.uncaptured_step
+
     def warm_up(self, rows: int, verify: bool = False) -> float:
         """Compile and capture everything for batches of `rows` now; the seconds it took."""
         model, began = self.model, time.perf_counter()

@@ -430,6 +430,7 @@ def main(args: Namespace) -> None:
         results = against(evaluator, path, args, shard)
     else:
         results = run_tasks(evaluator, args) if args.tasks else perplexity(evaluator, args)
+    evaluator.engine = None  # with its CUDA graphs, for which NCCL would wait
     tp.shutdown(shard)
     if shard and shard.rank:  # rank 0 writes, and has the exit code: torchrun ends the others
         return

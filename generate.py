@@ -374,6 +374,8 @@ def main(args: Namespace) -> None:
 
     run_session(session, prompts)
     communication = shard.cost(model, args.batch_size) if shard and not speculator else {}
+    for each in engines:
+        each.release()
     if tp:
         tp.shutdown(shard)
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
@@ -441,7 +443,7 @@ def prefill_context(args: Namespace, cache: Any, context: list[int], engines: li
 def report(args: Namespace, records: list[dict], **totals) -> None:
     """Print what the whole run took and, with --json, write all figures to a file."""
     if torch.device(totals["device"]).type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated(totals["device"])
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

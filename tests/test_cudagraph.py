@@ -5,11 +5,13 @@ values to wait for.
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -314,3 +316,14 @@ def test_a_compiled_block_is_few_launches_and_clones_no_cache():
         assert found[name]["triton"] <= 4 and not found[name]["library"], found[name]
         sizes = [eval(size.replace(",", "*")) for size in found[name]["allocated"]]
         assert sizes and max(sizes) <= 14336, found[name]  # activations, no cache
+
+
+def test_an_engine_can_let_go_of_its_captured_steps_and_still_decodes():
+    """NCCL waits at its end for every CUDA graph that it is in."""
+    engine = make_engine()
+    held, expected = engine.decode_step.__closure__[0].cell_contents, run(engine, [[1, 2, 3]])
+    assert isinstance(held, Captured) and held.graphs
+    held = weakref.ref(held)
+    engine.release()
+    gc.collect()
+    assert held() is None and run(engine, [[1, 2, 3]]) == expected
