@@ -158,9 +158,10 @@ class Engine:
     """A model with its KV cache, and what runs a step of it.
 
     One fused kernel, or fused step, for the whole model if there is one, else the modules. On CUDA
-    a decoding step is captured as a CUDA graph. `compile` compiles one transformer block that
-    serves every layer: a short cold start. Allocate the caches first; weights must not change
-    afterwards, and another `setup_caches` needs another Engine.
+    a decoding step is captured as a CUDA graph. What is not fused may be compiled: `compile`
+    "block" is one transformer block that serves every layer, a short cold start; "whole" is the
+    whole decoding step. Allocate the caches first; weights must not change afterwards, and another
+    `setup_caches` needs another Engine.
     """
 
     def __init__(
