@@ -3,8 +3,8 @@
 Decoding is memory-bound: every weight is read once a token. So the kernels read what a checkpoint
 stores, 16 bytes a thread, straight into the registers that a tensor core takes: the weights are the
 rows of its product, up to 8 rows of x its columns. No second copy of a weight exists, on NVIDIA
-nothing goes through shared memory, and one binary serves 1 to 8 rows: a row's bits depend on no other row.
-Tiles follow from the shape of a weight and the number of SMs, never from a stopwatch.
+nothing goes through shared memory, and one binary serves 1 to 8 rows: a row's bits depend on no
+other row. Tiles follow from the shape of a weight and the number of SMs, never from a stopwatch.
 
 `register` implements the operators of operators.py; `fuse` runs a Llama, Qwen2 or Qwen3 layer in 7
 launches. Nothing here waits for the device, so a CUDA graph can hold all of it.
