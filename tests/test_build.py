@@ -292,7 +292,9 @@ def test_a_library_shares_the_threads_of_torch(tmp_path):
     assert done.stdout == "True\nTrue\n33\n", done.stderr
 
 
-LOAD = "import kernels, torch; print(kernels.load(), hasattr(torch.ops.tokenbus, 'linear'))"
+LOAD = (
+    "import kernels, torch; print(kernels.load(), hasattr(torch.classes.tokenbus, 'Transformer'))"
+)
 
 
 @pytest.mark.skipif(not kernels.supported(), reason="needs the bf16 instructions of AVX-512")
