@@ -58,19 +58,23 @@ def fuse(model: nn.Module) -> Callable | None:
 
     It takes what `Transformer.forward` does and returns logits and hidden states as a tuple. None,
     too, if a module has forward hooks (tensor parallelism uses them) or the family needs more than
-    a block of Llama's, Qwen2's or Qwen3's: those run module by module, on the same operators.
+    the blocks of Llama, Qwen2, Qwen3, their mixtures and OLMoE: those run module by module, on the
+    same operators.
     """
     linears = [module for module in model.modules() if hasattr(module, "tiles")]
     attentions = [layer.attention for layer in model.layers]
     fits = all(linear.tiles is not None for linear in linears)
     fits = fits and all(attention.kv_cache.has_kernels for attention in attentions)
-    fits = fits and operators.fusible(model.args)
+    fits = fits and operators.fusible(model.args, mixtures=True, flat_norms=True)
     if not fits or any(module._forward_hooks for module in model.modules()):
         return None
     tensors = dict(model.named_parameters()) | dict(model.named_buffers(remove_duplicate=False))
     scales = [a.kind.scale or a.kind.head_dim**-0.5 for a in attentions]
     windows = [a.kind.window for a in attentions]
-    fused = torch.classes.tokenbus.Transformer(tensors, model.args.norm_eps, scales, windows)
+    m = model.args.mixture
+    routing = m and (m.chosen, m.score == "sigmoid", m.renormalize, m.factor)
+    options = model.args.norm_eps, scales, windows, routing or (0, False, False, 1.0)
+    fused = torch.classes.tokenbus.Transformer(tensors, *options)
     return lambda idx, input_pos, kv_len, last=None: fused.forward(idx, input_pos, last)
 
 
@@ -78,8 +82,15 @@ def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | N
     """Tiles of a stored weight, and its grid, as the operators take them; None where they cannot.
 
     The scheme is told by the dtypes: bf16 without a grid, int8 with scales, or int4 codes in uint8
-    with scales and zeros, all stored as in linear.py.
+    with scales and zeros, all stored as in linear.py. Of experts all have a leading dimension.
     """
+    if weight.dim() == 3:
+        grids = [None] * len(weight) if grid is None else grid
+        each = [pack(*pair) for pair in zip(weight, grids, strict=True)]
+        if not all(each):
+            return None
+        tiles, grids = zip(*each, strict=True)
+        return torch.stack(tiles), None if grid is None else torch.stack(grids)
     columns = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
     dtype = weight.dtype if grid is None else grid.dtype
     fits = weight.device.type == "cpu" and dtype == torch.bfloat16 and columns % 4 == 0

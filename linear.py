@@ -148,8 +148,10 @@ class Int4Linear(Linear):
         super().pack_weights(self.scales_and_zeros.data)
         fits = self.out_features % 16 == 0 and self.groupsize in TORCH_GROUPS
         if self.tiles is None and self.packed is None and fits and self.weight.device.type == "cpu":
-            codes = unpack_int4(self.weight).int()
-            self.packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            convert, weights = aten._convert_weight_to_int4pack_for_cpu, self.weight.data
+            weights = weights if self.experts else weights[None]
+            each = [convert(unpack_int4(w).int(), 1) for w in weights]
+            self.packed = torch.stack(each) if self.experts else each[0]
 
     def dequantize(self, chosen: Tensor | None = None) -> Tensor:
         grid = self.stored("scales_and_zeros", chosen)

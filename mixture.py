@@ -1,8 +1,8 @@
 """A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538) in place of a layer's FFN.
 
 A router scores all experts, and each token goes through the few with the highest scores. Nothing
-else is read: a prefill sorts its tokens by expert, and so does decoding on a CPU; what must not
-wait for the device or is compiled takes the chosen experts' weights by their numbers.
+else is read: one operator runs all chosen experts of a layer. Without it, tokens are sorted by
+expert; what must not wait for the device, or is compiled, gathers the chosen experts' weights.
 
 The experts of a layer are stored as one tensor of each name with a leading dimension
 `[experts, ...]`, in any scheme of linear.py. Shapes: N tokens, E experts, k of them chosen.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear import Int8ActivationLinear, Linear, int_matmul
+from linear import Int8ActivationLinear, Linear, int_matmul, kernels_for
 
 
 def one_expert(linear: Linear, expert: int) -> Linear:
@@ -28,7 +28,10 @@ def one_expert(linear: Linear, expert: int) -> Linear:
         name: None if tensor is None else tensor[expert]
         for name, tensor in linear._parameters.items()
     }
-    part._buffers, part.experts, part.expert = dict(linear._buffers), 0, expert
+    part._buffers = {
+        name: None if tensor is None else tensor[expert] for name, tensor in linear._buffers.items()
+    }
+    part.experts, part.expert = 0, expert
     return part
 
 
@@ -51,6 +54,7 @@ class Router(nn.Module):
         self.options = options
         self.weight = nn.Parameter(torch.empty(options.experts, dim))
         self.bias = nn.Parameter(torch.empty(options.experts)) if options.biased else None
+        self.register_buffer("tiles", None, persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Router:
         """Keep the bias in float32 when the model goes to another dtype: its digits decide."""
@@ -62,13 +66,22 @@ class Router(nn.Module):
             self.bias = nn.Parameter(kept.float(), requires_grad=False)
         return self
 
+    def pack_weights(self) -> None:
+        """Pack the weight for this device's operators, if it is bf16."""
+        kernels = kernels_for(self.weight.device.type)
+        packed = kernels.pack(self.weight.data) if kernels else None
+        self.tiles = packed[0] if packed else None
+
     def forward(self, x: Tensor, prefill: bool) -> tuple[Tensor, Tensor]:
         """The experts of each row of x `[N, dim]`, and what each adds its share of: `[N, k]`."""
-        options, weight, rows = self.options, self.weight.float(), x.float()
-        if prefill:
-            logits = F.linear(rows, weight)  # [N, E]
+        options, weight, rows = self.options, self.weight, x.float()
+        if self.tiles is not None:
+            logits = torch.ops.tokenbus.linear_float32(x, self.tiles, options.experts)  # [N, E]
+        elif prefill:
+            logits = F.linear(rows, weight.float())
         else:  # each row by itself, so that no choice depends on the rows beside it
-            logits = torch.bmm(weight.expand(len(x), -1, -1), rows.unsqueeze(-1)).squeeze(-1)
+            weight = weight.float().expand(len(x), -1, -1)
+            logits = torch.bmm(weight, rows.unsqueeze(-1)).squeeze(-1)
         scores = logits.sigmoid() if options.score == "sigmoid" else logits.softmax(-1)
         chosen = (scores if self.bias is None else scores + self.bias).topk(options.chosen).indices
         shares = scores.gather(-1, chosen)
@@ -90,45 +103,46 @@ class MixtureOfExperts(nn.Module):
         self.w1 = Linear(dim, options.width, experts=options.experts)
         self.w3 = Linear(dim, options.width, experts=options.experts)
         self.w2 = Linear(options.width, dim, experts=options.experts)
-        self.packed: list[tuple[Linear, ...]] | None = None  # each expert's, for this device
 
-    def expert(self, i: int) -> tuple[Linear, ...]:
-        """w1, w3 and w2 of one expert."""
-        if self.packed:
-            return self.packed[i]
-        return tuple(one_expert(linear, i) for linear in (self.w1, self.w3, self.w2))
-
-    def pack_weights(self) -> None:
-        """Pack each expert's weights for this device's operators; they must not change then."""
-        if self.packed is None:
-            self.packed = [self.expert(i) for i in range(self.w1.experts)]
-            for linear in (linear for expert in self.packed for linear in expert):
-                linear.pack_weights()
+    def has_operator(self, prefill: bool) -> bool:
+        """Whether one operator runs all experts, whose weights are packed for it."""
+        linears = self.w1, self.w3, self.w2
+        a8 = [isinstance(linear, Int8ActivationLinear) for linear in linears]
+        hooked = a8[2] and bool(self.w2.peak._forward_hooks)  # ranks ask each other in between
+        fits = self.act is F.silu and len(set(a8)) == 1 and not hooked
+        return fits and all(linear.tiles is not None for linear in linears)
 
     def forward(self, x: Tensor, prefill: bool) -> Tensor:
         rows = x.flatten(0, -2)  # [N, dim]
         chosen, shares = self.router(rows, prefill)
         waits = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        y = (self.by_expert if prefill or waits else self.by_row)(rows, chosen, shares, prefill)
-        y = y.type_as(x).view_as(x)
+        if self.has_operator(prefill):
+            run = self.by_operator
+        else:
+            run = self.by_expert if prefill or waits else self.by_row
+        y = run(rows, chosen, shares, prefill).type_as(x).view_as(x)
         return y if self.shared is None else y + self.shared_output(x, prefill)
 
     def shared_output(self, x: Tensor, prefill: bool) -> Tensor:
         y = self.shared(x, prefill)
         return y if self.shared_gate is None else y * self.shared_gate(x).sigmoid()
 
-    def by_expert(self, x: Tensor, chosen: Tensor, shares: Tensor, prefill: bool) -> Tensor:
-        """One expert after the other with all its tokens; the sum is float32 `[N, dim]`.
+    def by_operator(self, x: Tensor, chosen: Tensor, shares: Tensor, prefill: bool) -> Tensor:
+        """The sum over each row's experts in the order of their numbers: float32 `[N, dim]`."""
+        linears = self.w1, self.w3, self.w2
+        packed = [tensor for linear in linears for tensor in (linear.tiles, linear.grid)]
+        a8 = isinstance(self.w2, Int8ActivationLinear)
+        return torch.ops.tokenbus.experts(x, chosen, shares, *packed, a8, prefill)
 
-        Every row adds its experts in the order of their numbers, whatever rows are beside it.
-        """
+    def by_expert(self, x: Tensor, chosen: Tensor, shares: Tensor, prefill: bool) -> Tensor:
+        """The same, one expert after the other with all its tokens."""
         chosen, shares = chosen.flatten(), shares.flatten()  # [N * k]
         order = chosen.argsort(stable=True)
         experts, counts = chosen.unique(return_counts=True)
         y = torch.zeros_like(x, dtype=torch.float32)
         for i, places in zip(experts.tolist(), order.split(counts.tolist()), strict=True):
             rows = places // self.router.options.chosen
-            w1, w3, w2 = self.expert(i)
+            w1, w3, w2 = (one_expert(linear, i) for linear in (self.w1, self.w3, self.w2))
             h = self.act(w1(x[rows], prefill)) * w3(x[rows], prefill)
             y.index_add_(0, rows, w2(h, prefill).float() * shares[places, None])
         return y

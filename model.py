@@ -364,11 +364,8 @@ class Transformer(nn.Module):
     def pack_weights(self) -> None:
         """Pack the weights for this device's kernels, once; they must not change afterwards."""
         for module in self.modules():
-            if isinstance(module, Linear) and module.tiles is None and not module.experts:
+            if getattr(module, "tiles", module) is None:
                 module.pack_weights()
-        for layer in self.layers:
-            if not isinstance(layer.feed_forward, FeedForward):
-                layer.feed_forward.pack_weights()
 
     def embed(self, idx: Tensor) -> Tensor:
         """Embeddings, scaled where the family says so by a number of their dtype, as trained."""

@@ -15,13 +15,18 @@ from torch import Tensor
 
 # x is [M, in], `packed` a weight as `pack` of those files makes it, `grid` its scales. `prefill`
 # says which arithmetic a product uses, for any number of rows. `peaks`, float32 [M, 1], are the
-# largest magnitudes of the rows of x. Attention: qkv [B, T, heads, D], input_pos [B, T], caches
-# [B, KV heads, S + 1, D], freqs_cis [S + 1, D/2, 2], q [B, T, H, D].
+# largest magnitudes of the rows of x. linear_float32 takes a bf16 weight and does not round y.
+# Experts: chosen int64 and shares float32 [M, k], weights with a leading dimension, `a8` if they
+# are int8-activation; the result is float32 [M, in]. Attention: qkv [B, T, heads, D], input_pos
+# [B, T], caches [B, KV heads, S + 1, D], freqs_cis [S + 1, D/2, 2], q [B, T, H, D].
 SCHEMAS = (
     "linear_bf16(Tensor x, Tensor packed, int out, bool prefill) -> Tensor",
+    "linear_float32(Tensor x, Tensor packed, int out) -> Tensor",
     "linear_int8(Tensor x, Tensor packed, Tensor grid, bool prefill) -> Tensor",
     "linear_int8_activation(Tensor x, Tensor packed, Tensor grid, Tensor? peaks) -> Tensor",
     "linear_int4(Tensor x, Tensor packed, Tensor grid, int out, bool prefill) -> Tensor",
+    "experts(Tensor x, Tensor chosen, Tensor shares, Tensor w1, Tensor? w1_grid, Tensor w3, "
+    "Tensor? w3_grid, Tensor w2, Tensor? w2_grid, bool a8, bool prefill) -> Tensor",
     "rotate_write(Tensor qkv, Tensor input_pos, Tensor freqs_cis, Tensor? q_norm, Tensor? k_norm, "
     "float eps, Tensor(a!) k_cache, Tensor(b!) v_cache) -> Tensor",
     "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, float scale, int window, "
@@ -39,9 +44,11 @@ def queries(qkv: Tensor, _pos, _freqs, _q_norm, _k_norm, _eps, k_cache: Tensor, 
 
 FAKES = {
     "linear_bf16": lambda x, packed, out, prefill: product(x, out),
+    "linear_float32": lambda x, packed, out: x.new_empty(len(x), out, dtype=torch.float32),
     "linear_int8": lambda x, packed, grid, prefill: product(x, len(grid)),
     "linear_int8_activation": lambda x, packed, grid, peaks: product(x, len(grid)),
     "linear_int4": lambda x, packed, grid, out, prefill: product(x, out),
+    "experts": lambda x, *_: x.new_empty(x.shape, dtype=torch.float32),
     "rotate_write": queries,
     "attend": lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
 }
@@ -52,17 +59,21 @@ for schema in SCHEMAS:
 for name, fake in FAKES.items():
     torch.library.register_fake(f"tokenbus::{name}", fake, lib=library)
 
-# What the fused models of both files compute: blocks of Llama, Qwen2 and Qwen3. Any other property
-# of ModelArgs and LayerKind must have its default.
+# What the fused models compute: blocks of Llama, Qwen2 and Qwen3. Any other property of ModelArgs
+# and LayerKind must have its default.
 FUSED = {"dim", "n_layer", "vocab_size", "block_size", "intermediate_size", "kinds", "layers"}
-FUSED |= {"norm_eps", "qk_norm", "tied", "biases"}
+FUSED |= {"norm_eps", "qk_norm", "tied", "biases", "mixture"}
 FUSED |= {"n_head", "n_local_heads", "head_dim", "window", "rope", "rope_scale", "scale"}
 
 
-def fusible(args: Any) -> bool:
-    """Whether the fused models compute all that these ModelArgs ask for."""
+def fusible(args: Any, mixtures: bool = False, flat_norms: bool = False) -> bool:
+    """Whether the fused models compute all that these ModelArgs ask for.
+
+    `mixtures`, `flat_norms`: one that also takes experts without a shared one, and flat q/k norms.
+    """
     for part in (args, *args.kinds):
         for field in dataclasses.fields(part):
             if field.name not in FUSED and getattr(part, field.name) != field.default:
                 return False
-    return args.qk_norm in ("", "head")
+    mixture = not args.mixture or (mixtures and not args.mixture.shared)
+    return mixture and (flat_norms or args.qk_norm != "flat")

@@ -202,6 +202,7 @@ inline Doubles unpack(Doubles a, Doubles b, int from) {
 #define _mm256_mask_storeu_epi16(p, mask, x) \
   emulated::store_masked<uint16_t>((uint16_t*)(p), mask, x, 16)
 #define _mm_mask_storeu_epi8(p, mask, x) emulated::store_masked<uint8_t>((uint8_t*)(p), mask, x, 16)
+#define _mm512_mask_storeu_ps(p, mask, x) emulated::store_masked<float>(p, mask, x, 16)
 #define _mm512_fmadd_ps(a, b, c) emulated::fma(a, b, c)
 #define _mm512_fnmadd_ps(a, b, c) emulated::fma(-(a), b, c)
 #define _mm512_fmaddsub_ps(a, b, c) emulated::alternate(a, b, c)
