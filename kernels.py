@@ -83,6 +83,7 @@ def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | N
     columns = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
     dtype = weight.dtype if grid is None else grid.dtype
     fits = weight.device.type == "cpu" and dtype == torch.bfloat16 and columns % 4 == 0
+    fits = fits and weight.dim() == 2  # no stack of experts
     if weight.dtype == torch.uint8:
         fits = fits and columns % 8 == 0 and columns // len(grid) % 16 == 0
     if not fits or not load():

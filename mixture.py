@@ -1,8 +1,9 @@
 """A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538) in place of a layer's FFN.
 
 A router scores all experts, and each token goes through the few with the highest scores. Nothing
-else is read: a prefill sorts its tokens by expert, and so does decoding on a CPU; what must not
-wait for the device or is compiled takes the chosen experts' weights by their numbers.
+else is read: one operator runs the chosen experts where this device has it. Elsewhere a prefill
+sorts its tokens by expert, and so does decoding on a CPU; what must not wait for the device or is
+compiled takes the chosen experts' weights by their numbers.
 
 The experts of a layer are stored as one tensor of each name with a leading dimension
 `[experts, ...]`, in any scheme of linear.py. Shapes: N tokens, E experts, k of them chosen.
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear import Int8ActivationLinear, Linear, int_matmul
+from linear import Int8ActivationLinear, Linear, int_matmul, kernels_for
 
 
 def one_expert(linear: Linear, expert: int) -> Linear:
@@ -91,6 +92,7 @@ class MixtureOfExperts(nn.Module):
         self.w3 = Linear(dim, options.width, experts=options.experts)
         self.w2 = Linear(options.width, dim, experts=options.experts)
         self.packed: list[tuple[Linear, ...]] | None = None  # each expert's, for this device
+        self.stacks: list[Tensor | None] = []  # all experts' weights and grids, for the operator
 
     def expert(self, i: int) -> tuple[Linear, ...]:
         """w1, w3 and w2 of one expert."""
@@ -104,18 +106,50 @@ class MixtureOfExperts(nn.Module):
             self.packed = [self.expert(i) for i in range(self.w1.experts)]
             for linear in (linear for expert in self.packed for linear in expert):
                 linear.pack_weights()
+            self.stacks = self.pack_stacks()
+
+    def pack_stacks(self) -> list[Tensor | None]:
+        """w1, w3 and w2 with their grids, as the operator takes them; none where it does not."""
+        linears, kernels = (self.w1, self.w3, self.w2), kernels_for(self.w1.weight.device.type)
+        stored = [[p.data for p in linear.parameters()] for linear in linears]
+        kinds = [[(tensor.dtype, tensor.shape) for tensor in tensors] for tensors in stored]
+        rounding = {isinstance(linear, Int8ActivationLinear) for linear in linears}
+        if not kernels or self.act is not F.silu or kinds[0] != kinds[1] or len(rounding) > 1:
+            return []
+        packs = [kernels.pack(*tensors) for tensors in stored]
+        return [tensor for pack in packs for tensor in pack] if all(packs) else []
+
+    def has_kernels(self, prefill: bool) -> bool:
+        """Whether the operator runs the chosen experts. On a GPU it decodes alone.
+
+        Not where a hook is to see what a Linear gets or gives.
+        """
+        linears = (self.w1, self.w3, self.w2)
+        parts = (*linears, *(linear.peak for linear in linears if hasattr(linear, "peak")))
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        return bool(self.stacks) and not hooked and not (prefill and self.w1.weight.is_cuda)
 
     def forward(self, x: Tensor, prefill: bool) -> Tensor:
         rows = x.flatten(0, -2)  # [N, dim]
         chosen, shares = self.router(rows, prefill)
         waits = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        y = (self.by_expert if prefill or waits else self.by_row)(rows, chosen, shares, prefill)
+        if self.has_kernels(prefill):
+            y = self.by_operator(rows, chosen, shares, prefill)
+        elif prefill or waits:
+            y = self.by_expert(rows, chosen, shares, prefill)
+        else:
+            y = self.by_row(rows, chosen, shares)
         y = y.type_as(x).view_as(x)
         return y if self.shared is None else y + self.shared_output(x, prefill)
 
     def shared_output(self, x: Tensor, prefill: bool) -> Tensor:
         y = self.shared(x, prefill)
         return y if self.shared_gate is None else y * self.shared_gate(x).sigmoid()
+
+    def by_operator(self, x: Tensor, chosen: Tensor, shares: Tensor, prefill: bool) -> Tensor:
+        """What `by_expert` gives, as one call."""
+        a8 = isinstance(self.w1, Int8ActivationLinear)
+        return torch.ops.tokenbus.experts(x, chosen, shares, *self.stacks, a8, prefill)
 
     def by_expert(self, x: Tensor, chosen: Tensor, shares: Tensor, prefill: bool) -> Tensor:
         """One expert after the other with all its tokens; the sum is float32 `[N, dim]`.
@@ -133,7 +167,7 @@ class MixtureOfExperts(nn.Module):
             y.index_add_(0, rows, w2(h, prefill).float() * shares[places, None])
         return y
 
-    def by_row(self, x: Tensor, chosen: Tensor, shares: Tensor, _prefill: bool) -> Tensor:
+    def by_row(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """The same for few tokens, without asking the device which experts they chose."""
         experts, x = chosen.flatten(), x.repeat_interleave(chosen.shape[1], 0)  # [N * k, dim]
         h = self.act(multiply_chosen(self.w1, x, experts)) * multiply_chosen(self.w3, x, experts)

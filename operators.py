@@ -16,7 +16,10 @@ from torch import Tensor
 # x is [M, in], `packed` a weight as `pack` of those files makes it, `grid` its scales. `prefill`
 # says which arithmetic a product uses, for any number of rows. `peaks`, float32 [M, 1], are the
 # largest magnitudes of the rows of x. Attention: qkv [B, T, heads, D], input_pos [B, T], caches
-# [B, KV heads, S + 1, D], freqs_cis [S + 1, D/2, 2], q [B, T, H, D].
+# [B, KV heads, S + 1, D], freqs_cis [S + 1, D/2, 2], q [B, T, H, D]. Experts: x [N, dim], chosen
+# int64 [N, k], shares float32 [N, k], packed weights and grids with a leading dimension; `a8` is
+# int8-activation. They return float32 [N, dim]: the sum, in order of the experts' numbers, of
+# shares * w2(silu(w1 x) * w3 x).
 SCHEMAS = (
     "linear_bf16(Tensor x, Tensor packed, int out, bool prefill) -> Tensor",
     "linear_int8(Tensor x, Tensor packed, Tensor grid, bool prefill) -> Tensor",
@@ -26,6 +29,8 @@ SCHEMAS = (
     "float eps, Tensor(a!) k_cache, Tensor(b!) v_cache) -> Tensor",
     "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, float scale, int window, "
     "Tensor? sinks) -> Tensor",
+    "experts(Tensor x, Tensor chosen, Tensor shares, Tensor w1, Tensor? w1_grid, Tensor w3, "
+    "Tensor? w3_grid, Tensor w2, Tensor? w2_grid, bool a8, bool prefill) -> Tensor",
 )
 
 
@@ -44,6 +49,7 @@ FAKES = {
     "linear_int4": lambda x, packed, grid, out, prefill: product(x, out),
     "rotate_write": queries,
     "attend": lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
+    "experts": lambda x, *_: x.new_empty(x.shape, dtype=torch.float32),
 }
 
 library = torch.library.Library("tokenbus", "DEF")

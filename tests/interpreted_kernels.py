@@ -1,20 +1,25 @@
-"""The kernels of kernels_cuda.py in the interpreter, against float64 and the project's own path.
+"""The Triton kernels in the interpreter, against float64 and the project's own path.
 
 test_kernels_cuda.py runs this in a process of its own: the interpreter is chosen when Triton loads.
 """
 
 import interpreter  # noqa: F401  # isort: skip  (before Triton)
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels_cuda
 import linear as linear_file
+import matmul_cuda
+import mixture as mixture_file
 import model as model_file
 from conftest import CONFIG, random_model
-from kernels_cuda import Weight, linear
 from linear import Int8ActivationLinear, Linear, linear_for
-from model import RMSNorm, apply_rotary_emb
+from matmul_cuda import Weight, dequantized, linear, product, product_of_codes
+from mixture import MixtureOfExperts
+from model import Mixture, RMSNorm, apply_rotary_emb
 from quantize import quantize
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -26,7 +31,8 @@ def interpreted():
     """The code of a GPU with 2 SMs, PTX included, served to the CPU."""
     kernels_cuda.register("CPU")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels_cuda, "target", lambda device: ("cuda", 2))
+        for file in (kernels_cuda, matmul_cuda):
+            patch.setattr(file, "target", lambda device: ("cuda", 2))
         patch.setattr(kernels_cuda, "supported", lambda device: True)
         yield
 
@@ -95,10 +101,10 @@ def test_norm_gate_bias_and_residual_are_part_of_a_product(scheme):
 def test_prefill_multiplies_by_the_dequantized_weight(scheme):
     weight, exact = stored(scheme, 512 if "256" in scheme else 384, 21, BF16)
     x = torch.randn(2, exact.shape[1], generator=torch.Generator().manual_seed(3)).bfloat16()
-    rounded = kernels_cuda.dequantized(x, weight)
+    rounded = dequantized(x, weight)
     assert (rounded.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
     assert close(rounded, exact, 2e-3)  # half of the last of 8 bits
-    assert kernels_cuda.product(x, weight, prefill=True).equal(F.linear(x, rounded))
+    assert product(x, weight, prefill=True).equal(F.linear(x, rounded))
 
 
 def test_int8_activations_are_rounded_once_and_summed_as_integers():
@@ -111,9 +117,104 @@ def test_int8_activations_are_rounded_once_and_summed_as_integers():
     codes = (x.float() / step).round().double() @ weight.packed.double().t()
     expected = (codes.float() * step * weight.grid.float()).bfloat16()
     for rows in (1, 9, 40):  # 40: by torch's own product
-        y = kernels_cuda.product_of_codes(x[:rows], weight.packed, weight.grid, None)
+        y = product_of_codes(x[:rows], weight.packed, weight.grid, None)
         assert y.equal(expected[:rows])
 
+
+# ---- Experts -------------------------------------------------------------------------------------
+
+OPTIONS = Mixture(experts=8, chosen=3, width=32, renormalize=True)
+
+
+def random_experts(scheme: str, served: bool, dtype=BF16) -> MixtureOfExperts:
+    """Experts of 96 columns; w2 is int8 in the scheme `mixed`, the others int4."""
+    mixture = MixtureOfExperts(96, OPTIONS, F.silu, None)
+    generator = torch.Generator().manual_seed(8)
+    for parameter in mixture.requires_grad_(False).parameters():
+        parameter.normal_(0, 0.1, generator=generator)
+    for name in ("w1", "w3", "w2"):
+        kind = {"mixed": "int8" if name == "w2" else "int4"}.get(scheme, scheme)
+        if kind != "bf16":
+            tensors = quantize(getattr(mixture, name).weight, kind, 32)
+            new = linear_for(getattr(mixture, name), tensors)
+            new.load_state_dict(tensors, assign=True)
+            setattr(mixture, name, new.requires_grad_(False))
+    mixture.to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        for file in (linear_file, mixture_file):
+            patch.setattr(file, "kernels_for", lambda device: kernels_cuda if served else None)
+        mixture.pack_weights()
+    return mixture
+
+
+EXPERTS = [("bf16", BF16, 0.007), ("bf16", FP16, 0.001), ("int8", BF16, 0.007)]
+EXPERTS += [("int4", BF16, 0.009), ("mixed", BF16, 0.009), ("int8-activation", BF16, 0.012)]
+
+
+@pytest.mark.parametrize("scheme, dtype, bound", EXPERTS)
+def test_the_chosen_experts_are_three_launches_and_give_what_the_modules_give(
+    scheme, dtype, bound, launches
+):
+    """No other expert is read, and a row has the same bits alone."""
+    mixture, plain = (random_experts(scheme, served, dtype) for served in (True, False))
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(9)).to(dtype)
+    chosen, shares = mixture.router(x, False)
+    others = [i for i in range(8) if i not in chosen]
+    for floats in (mixture.w1, mixture.w3, mixture.w2):
+        values = next(p for p in reversed([*floats.parameters()]) if p.is_floating_point())
+        values[others] = float("nan")
+    launches.clear()
+    y = mixture(x, False)
+    rounding = ["quantize_kernel"] * (scheme == "int8-activation")
+    products = [*rounding, "linear_kernel"] * 2
+    assert launches == [*products, "sum_experts_kernel"] and len(others) > 1
+    usual = plain.by_row(x, chosen, shares).double()
+    exact = copy.deepcopy(plain).double().by_row(x.double(), chosen, shares)
+    if scheme == "int8-activation":  # what enters a product is rounded by definition
+        exact = usual
+    assert y.dtype == dtype and close(y, exact, bound) and close(usual, exact, bound)
+    assert close(y, plain.by_expert(x, chosen, shares, False).double(), 1.5 * bound)
+    assert mixture(x[1:], False).equal(y[1:])
+
+
+def test_experts_are_added_in_the_order_of_their_numbers():
+    """Whatever order their shares have; in float32 that decides the last bits."""
+    mixture = random_experts("bf16", True)
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(9)).bfloat16()
+    chosen, shares = mixture.router(x, False)
+    y = mixture.by_operator(x, chosen, shares, False)
+    order = [2, 0, 1]
+    assert mixture.by_operator(x, chosen[:, order], shares[:, order], False).equal(y)
+    parts = [mixture.by_operator(x, chosen[:, [i]], torch.ones(2, 1), False) for i in range(3)]
+    total, parts = torch.zeros_like(y), torch.stack(parts, 1)  # [2, 3, dim]
+    for i in range(3):
+        place = chosen.argsort(1)[:, i : i + 1]
+        part = parts.take_along_dim(place.unsqueeze(-1), 1)[:, 0]
+        total += part * shares.take_along_dim(place, 1)
+    assert y.equal(total)
+
+
+def test_experts_without_an_operator_go_the_plain_way():
+    """Another activation, two schemes in one launch, rounded inputs of one alone, or a hook."""
+    assert random_experts("int4", True).has_kernels(False)
+    mixture = random_experts("bf16", True)
+    handle = mixture.w2.register_forward_hook(lambda *_: None)
+    assert not mixture.has_kernels(False)
+    handle.remove()
+    assert mixture.has_kernels(False)
+    odd = random_experts("int8-activation", True)
+    handle = odd.w2.peak.register_forward_hook(lambda *_: None)
+    assert not odd.has_kernels(False)
+    handle.remove()
+    mixture.act = F.gelu
+    assert not mixture.pack_stacks()
+    mixture.act, mixture.w3 = F.silu, odd.w3
+    assert not mixture.pack_stacks()
+    mixture.w3, mixture.w2 = mixture.w1, odd.w2
+    assert not mixture.pack_stacks()
+
+
+# ---- Attention -----------------------------------------------------------------------------------
 
 ATTENTION = [  # H, KV, D, S, window, sinks
     (8, 2, 64, 130, 0, True),
@@ -230,14 +331,15 @@ def served(model, monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    names, launch = [], kernels_cuda.launch
+    names, launch = [], matmul_cuda.launch
 
     def counted(kernel, *args, **constants):
         names.append(kernel.fn.__name__)
         launch(kernel, *args, **constants)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels_cuda, "launch", counted)
+        for file in (kernels_cuda, matmul_cuda):
+            patch.setattr(file, "launch", counted)
         yield names
 
 

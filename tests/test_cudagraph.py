@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from cudagraph import BLOCK, Captured
 from engine import Engine, Sampling, generate, sample, send_tokens
 from families import from_config
 from linear import Linear, linear_for
+from mixture import MixtureOfExperts
 from model import Output, Transformer
 from quantize import quantize
 from speculate import PromptLookup, Speculator, speculate
@@ -209,10 +211,9 @@ class NoNumbers(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def on_meta(scheme: str, by_ours: bool, qk_norm=False) -> Captured:
+def on_meta(scheme: str, by_ours: bool, family: dict) -> Captured:
     """A captured step of a model without values, by this project's operators or by PyTorch's."""
-    config = CONFIG | ({"model_type": "qwen3", "head_dim": 32} if qk_norm else {})
-    model = random_model(config).bfloat16()
+    model = random_model(CONFIG | family).bfloat16()
     for name, linear in list(model.named_modules()):
         if isinstance(linear, Linear) and scheme != "bf16":
             tensors = quantize(linear.weight, scheme, 16)
@@ -234,18 +235,41 @@ def by_operators(model: Transformer) -> Captured:
             module.tiles, module.grid = module.weight.data, grid
     for layer in model.layers:
         layer.attention.kv_cache.has_kernels = True
+        if isinstance(layer.feed_forward, MixtureOfExperts):
+            ffn = layer.feed_forward
+            stacks = [(linear.weight.data, linear.grid) for linear in (ffn.w1, ffn.w3, ffn.w2)]
+            ffn.stacks = [tensor for pair in stacks for tensor in pair]
     return Captured(model, model)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of this project's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket._qualified_op_name] += 1
+        return func(*args, **kwargs or {})
+
+
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 32}
+EXPERTS |= {"moe_intermediate_size": 64, "norm_topk_prob": True}
 
 
 @pytest.mark.parametrize("by_ours", [False, True])
 @pytest.mark.parametrize("scheme", ["bf16", "int8", "int8-activation", "int4"])
 def test_no_step_waits_for_the_device(scheme, by_ours):
-    for qk_norm, tokens in itertools.product((False, True), (1, 4)):
-        captured = on_meta(scheme, by_ours, qk_norm)
+    families = {}, {"model_type": "qwen3", "head_dim": 32}, EXPERTS
+    for family, tokens in itertools.product(families, (1, 4)):
+        captured = on_meta(scheme, by_ours, family)
         idx = torch.zeros(2, tokens, dtype=torch.int64, device="meta")
-        with NoWaiting(), NoNumbers():
+        with NoWaiting(), NoNumbers(), Calls() as calls:
             logits, hidden = captured(idx, idx, 64)
         assert logits.shape == (2, tokens, 300) and hidden.shape == (2, tokens, 48)
+        experts = 2 if by_ours and family is EXPERTS else 0  # one call a layer
+        assert calls.counts["tokenbus::experts"] == experts
 
 
 @pytest.mark.parametrize("by_ours", [False, True])
