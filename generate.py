@@ -315,8 +315,9 @@ def start_engines(
     """What runs the model, and the Speculator if the flags ask for one, warmed up."""
     engines = [Engine(each, args.compile, args.compile_prefill) for each in (model, draft) if each]
     if args.compile or args.compile_prefill or model.device.type == "cuda":
-        for engine in engines:
-            engine.warm_up(args.batch_size, verify=args.speculating)
+        for engine in engines:  # a draft catches up with FEW_ROWS at once, at most
+            most = args.speculate_k + 1 if engine is engines[0] else FEW_ROWS
+            engine.warm_up(args.batch_size, most if args.speculating else 1)
     if not args.speculating:
         return engines[0], None
     size = model.args.vocab_size

@@ -277,8 +277,11 @@ def fuse(model: nn.Module, pdl: bool = False) -> Callable | None:
     return step
 
 
-def compile_kernels(step: Callable, model: nn.Module, rows: int, tokens: int = 1) -> None:
+def compile_kernels(
+    step: Callable, model: nn.Module, rows: int, tokens: int = 1, prefill: bool = False
+) -> None:
     """Compile in threads what `step` launches for these rows, without running any of it."""
     idx = torch.zeros(rows, tokens, dtype=torch.int64, device=model.device)
+    input_pos, last = torch.full_like(idx, model.max_seq_length), idx[:, :1] if prefill else None
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-        step(idx, torch.full_like(idx, model.max_seq_length), model.max_seq_length)
+        step(idx, input_pos, model.max_seq_length, last)

@@ -17,8 +17,10 @@ from triton.backends.compiler import GPUTarget
 import kernels_cuda
 import matmul_cuda
 from conftest import CONFIG, random_model
+from linear import Linear, linear_for
 from matmul_cuda import Weight, dequantized, linear, product_of_codes
 from model import RMSNorm
+from quantize import quantize
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BF16 = torch.bfloat16
@@ -228,7 +230,7 @@ def test_rocm_compiles_attention_and_what_surrounds_the_products(compiled):
 
 
 @torch.inference_mode()
-def test_a_steps_kernels_are_compiled_in_threads_before_the_first_launch(monkeypatch):
+def test_the_kernels_of_both_passes_are_compiled_in_threads_before_the_first_launch(monkeypatch):
     """Nothing is launched meanwhile: there is no device."""
     triton.runtime.driver.set_active(Driver("cuda", 89, 32))
     for file in (kernels_cuda, matmul_cuda):
@@ -238,16 +240,26 @@ def test_a_steps_kernels_are_compiled_in_threads_before_the_first_launch(monkeyp
         monkeypatch.setattr(f"{file}.kernels_for", lambda device: kernels_cuda)
     kernels_cuda.register("CPU")
     model = random_model(CONFIG, BF16)
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, Linear) and name != "output":
+            tensors = quantize(module.weight, "int8", 0)
+            new = linear_for(module, tensors)
+            new.load_state_dict(tensors, assign=True)
+            model.set_submodule(name, new)
     model.pack_weights()
     model.setup_caches(1, 16)
+    kernels = {name: getattr(kernels_cuda, f"{name}_kernel") for name in ("attend", "rotate")}
+    kernels |= {name: getattr(matmul_cuda, f"{name}_kernel") for name in ("linear", "dequantize")}
+
+    def ready() -> dict[str, int]:
+        found = {name: [*k.device_caches["cuda 89"][0].values()] for name, k in kernels.items()}
+        assert all("cubin" in kernel.asm for made in found.values() for kernel in made)
+        return {name: len(made) for name, made in found.items()}
+
     kernels_cuda.compile_kernels(kernels_cuda.fuse(model), model, 1)
-    kernels = {
-        name: getattr(matmul_cuda if name == "linear" else kernels_cuda, f"{name}_kernel")
-        for name in ("linear", "attend", "rotate")
-    }
-    ready = {name: [*k.device_caches["cuda 89"][0].values()] for name, k in kernels.items()}
-    assert {name: len(found) for name, found in ready.items()} == dict(linear=4, attend=1, rotate=1)
-    assert all("cubin" in kernel.asm for found in ready.values() for kernel in found)
+    assert ready() == dict(attend=1, rotate=1, linear=4, dequantize=0)
+    kernels_cuda.compile_kernels(model, model, 1, 33, prefill=True)
+    assert ready() == dict(attend=2, rotate=1, linear=4, dequantize=1)
     assert not any(
         cache.any() for layer in model.layers for cache in layer.attention.kv_cache.buffers()
     )

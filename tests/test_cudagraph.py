@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import weakref
 from collections import Counter
 
@@ -20,12 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import engine as engine_file
+import generate as generate_file
 import operators  # noqa: F401
 from conftest import CONFIG, ROOT, random_model
 from cudagraph import BLOCK, Captured
 from engine import Engine, Sampling, generate, sample, send_tokens
 from families import from_config
-from linear import Linear, linear_for
+from linear import FEW_ROWS, Linear, linear_for
 from mixture import MixtureOfExperts
 from model import Output, Transformer
 from quantize import quantize
@@ -158,6 +161,56 @@ def test_one_graph_serves_every_length_and_a_prefill_has_none():
     assert {kv_len for *_, kv_len in calls} == {64}  # all of the cache
     captured(idx, input_pos, 32, torch.zeros(1, 1).long())
     assert calls[-1] == (1, 9, 32) and len(captured.graphs) == 3
+
+
+@pytest.mark.parametrize("most", [1, 2, 8, 9, 17, 32])
+def test_after_the_warm_up_nothing_is_captured_whatever_is_verified(most):
+    engine = make_engine()
+    graphs = engine.decode_step.__closure__[0].cell_contents.graphs
+    engine.warm_up(1, most)
+    captured = set(graphs)
+    for tokens in range(1, most + 1):
+        idx = torch.arange(tokens)[None]
+        engine.decode(idx, idx, 64)
+    assert set(graphs) == captured and max(width for _, width in captured) < most + BLOCK
+
+
+def test_a_draft_and_its_model_are_warmed_up_for_all_that_they_may_run(monkeypatch):
+    """A model verifies what is proposed and one more; a draft catches up with a text."""
+    warmed = []
+    monkeypatch.setattr(Engine, "warm_up", lambda engine, *most: warmed.append(most))
+    models = [random_model(CONFIG) for _ in range(2)]
+    for model in models:
+        model.setup_caches(1, 64)
+    lookup = ["--compile", "--prompt_lookup", "--speculate_k", "20"]
+    for draft, flags in ((models[1], lookup), (None, lookup), (None, ["--compile"])):
+        args = generate_file.make_parser().parse_args(flags)
+        generate_file.check_flags(args)
+        args.batch_size = 1
+        generate_file.start_engines(models[0], draft, args)
+    assert warmed == [(1, 21), (1, FEW_ROWS), (1, 21), (1, 1)]
+
+
+def test_a_prefill_is_warmed_up_too(monkeypatch):
+    """By a pass of its own for many tokens, whose kernels are compiled in threads before."""
+    engine, passes, compiled = make_engine(2), [], []
+    model = engine.prefill_step = engine.uncaptured_step = engine.model
+    forward = model.forward
+
+    def watched(idx, input_pos, kv_len, last):
+        passes.append((idx.shape[1], last is not None))
+        return forward(idx, input_pos, kv_len, last)
+
+    def compile_kernels(step, model, rows, tokens, prefill):
+        compiled.append((step is model, rows, tokens, prefill))
+        assert not passes
+
+    kernels = types.SimpleNamespace(compile_kernels=compile_kernels)
+    monkeypatch.setattr(engine_file, "kernels_for", lambda device: kernels)
+    monkeypatch.setattr(model, "forward", watched)
+    engine.warm_up(2)
+    assert compiled == [(True, 2, 1, False), (True, 2, FEW_ROWS + 1, True)]
+    assert (FEW_ROWS + 1, True) in passes and (1, False) in passes
 
 
 def test_speculation_verifies_by_the_captured_step():
