@@ -8,6 +8,8 @@ Qwen3 layer in 7 launches. Nothing here waits for the device, so a CUDA graph ca
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +28,7 @@ from matmul_cuda import (
     linear,
     product,
     product_of_codes,
+    quantized,
     supported,
     target,
 )
@@ -200,11 +203,31 @@ def register(key: str = "CUDA") -> None:
         operators.library.impl(name, implementation, key)
 
 
+@functools.cache
+def can_launch(device: torch.device) -> bool:
+    """Whether a kernel runs: Triton builds its launcher with a C compiler and Python's headers.
+
+    If not, one line on standard error says what failed, and what to do.
+    """
+    try:
+        quantized(torch.ones(1, 1, device=device))
+    except Exception as error:  # of the system, the compiler, Triton or CUDA
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, subprocess.CalledProcessError):
+            reason = f"{error.cmd[0]} fails to build Triton's launcher"
+        reason += "; install gcc and Python's headers (python3-dev), or set CC to a C compiler"
+        print(f"slower than it could be: no kernels for {device}; {reason}", file=sys.stderr)
+        return False
+    return True
+
+
 def served(floats: Tensor) -> bool:
     """Whether there are kernels for this device and dtype; then they are registered."""
     fits = supported(floats.device) and floats.dtype in (torch.bfloat16, torch.float16)
     if fits and floats.is_cuda:
-        register()
+        fits = can_launch(floats.device)
+        if fits:
+            register()
     return fits
 
 

@@ -6,6 +6,7 @@ test_kernels_cuda.py runs this in a process of its own, apart from the interpret
 import re
 import shutil
 import subprocess
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
 
 import kernels_cuda
 import matmul_cuda
@@ -167,6 +169,35 @@ def test_a_product_is_few_instructions_a_weight(compiled, tmp_path):
         loop, *_ = disassembled(kernel, tmp_path)
         U, R = matmul_cuda.SHAPES[scheme.partition(" ")[0]][3], 2
         assert len(loop) / (columns * U * R) < most, scheme
+
+
+REASONS = {"": "Failed to find C compiler", "no-such-cc": "No such file or directory: 'no-such-cc'"}
+REASONS["false"] = "false fails to build Triton's launcher"
+
+
+@pytest.mark.parametrize("compiler", REASONS)
+def test_without_a_c_compiler_one_line_says_so_and_no_weight_is_served(
+    compiler, monkeypatch, tmp_path, capfd
+):
+    """By Triton's own driver, which builds its launcher before it asks for a device."""
+    monkeypatch.setattr(CudaDriver, "is_active", staticmethod(lambda: True))
+    (tmp_path / "libcuda.so.1").touch()
+    for name in ("TRITON_LIBCUDA_PATH", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    if compiler:
+        monkeypatch.setenv("CC", compiler)
+    else:
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    triton.runtime.driver.set_active(None)
+    kernels_cuda.can_launch.cache_clear()
+    served = types.SimpleNamespace(device=torch.device("cpu"), dtype=BF16, is_cuda=True)
+    monkeypatch.setattr(kernels_cuda, "supported", lambda device: True)
+    for _ in range(2):
+        assert not kernels_cuda.served(served)
+    error = capfd.readouterr().err
+    assert error.count("slower than it could be") == error.count("\n") == 1
+    assert REASONS[compiler] in error and "install gcc" in error
 
 
 def attend(head_dim: int, tokens: int):

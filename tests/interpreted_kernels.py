@@ -405,6 +405,7 @@ def test_the_fused_step_refuses_what_it_does_not_know(monkeypatch):
 
 def test_a_weight_is_served_as_it_is_stored_or_not_at_all():
     """No second copy of a weight; what has no kernel is told by None."""
+    assert kernels_cuda.can_launch(torch.device("cpu"))
     for scheme in ("bf16", "int8", "int4 g32"):
         weight, _ = stored(scheme, 96, 5, BF16)
         packed, grid = kernels_cuda.pack(weight.packed, weight.grid)
