@@ -4,6 +4,7 @@ What only a GPU could show, a wait for the device, is refused here on the meta d
 values to wait for.
 """
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import cudagraph
 import engine as engine_file
 import generate as generate_file
 import operators  # noqa: F401
@@ -211,6 +213,41 @@ def test_a_prefill_is_warmed_up_too(monkeypatch):
     engine.warm_up(2)
     assert compiled == [(True, 2, 1, False), (True, 2, FEW_ROWS + 1, True)]
     assert (FEW_ROWS + 1, True) in passes and (1, False) in passes
+
+
+def test_all_graphs_of_a_device_are_captured_on_one_stream(monkeypatch):
+    """They share a pool, and its memory is only reused on the stream that it was taken on."""
+    captures = []
+
+    class Stand(types.SimpleNamespace):  # for a stream and a graph
+        def wait_stream(self, _other):
+            pass
+
+        def pool(self):
+            return "pool"
+
+    def graph(_graph, pool, stream, capture_error_mode):
+        captures.append((stream, pool))
+        return contextlib.nullcontext()
+
+    cuda = types.SimpleNamespace(CUDAGraph=Stand, graph=graph)
+    cuda.Stream = lambda device: Stand(device=device)
+    cuda.current_stream, cuda.stream = cuda.Stream, lambda side: contextlib.nullcontext()
+    fake = types.SimpleNamespace(cuda=cuda, int64=torch.int64, full_like=torch.full_like)
+    fake.zeros = lambda *shape, dtype, device: torch.zeros(*shape, dtype=dtype)
+    monkeypatch.setattr(cudagraph, "torch", fake)
+    cudagraph.side_stream.cache_clear()
+    model = random_model(CONFIG)
+    device, other = torch.device("cuda:0"), torch.device("cuda:1")
+    for at in (device, other):
+        captured = Captured(lambda idx, *_: (idx,), model)
+        for width in (1, 8):
+            captured.capture(1, width, at)
+    streams = [stream for stream, _ in captures]
+    assert streams[0] is streams[1] and streams[2] is streams[3] is not streams[0]
+    assert [stream.device for stream in streams] == [device] * 2 + [other] * 2
+    assert [pool for _, pool in captures] == [None, "pool"] * 2
+    cudagraph.side_stream.cache_clear()
 
 
 def test_speculation_verifies_by_the_captured_step():
