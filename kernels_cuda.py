@@ -22,6 +22,7 @@ import operators
 from matmul_cuda import (
     FEW_ROWS,
     SCHEMES,
+    SCRATCH,
     Weight,
     experts,
     launch,
@@ -170,17 +171,23 @@ def attend(
     if T <= FEW_ROWS:  # 2 programs a processor; the tile must not depend on T
         rows, splits = 16, 1 << max(1, min(64, 2 * processors // KV).bit_length() - 1)
     tiles, block = triton.cdiv(T * G, rows), 32 if D <= 256 else 16
-    size = B * KV * tiles * (splits > 1) * splits * rows
-    part, stats = (q.new_empty(size, n, dtype=torch.float32) for n in (width, 2))
-    y = q.new_empty(B, T, H * D)
+    size = KV * tiles * splits * rows if splits > 1 else 0  # partial sums of a row of the batch
+    several = min(B, max(1, SCRATCH // (4 * size * (width + 2)))) if size else B
+    part, stats = (q.new_empty(several * size, n, dtype=torch.float32) for n in (width, 2))
+    q, input_pos, y = q.contiguous(), input_pos.contiguous(), q.new_empty(B, T, H * D)
     constants = dict(H=H, G=G, D=D, WIDTH=width, ROWS=rows, SPLITS=splits)
-    launch(
-        attend_kernel, (B * KV, tiles, splits), q.contiguous(), k_cache, v_cache,
-        input_pos.contiguous(), sinks, part, stats, y, T, S, scale * 1.4426950408889634, window,
-        BLOCK=block, num_stages=2, num_warps=4 if splits > 1 else 8, **constants,
-    )  # fmt: skip
-    if splits > 1:
-        launch(merge_kernel, (B * T, H, triton.cdiv(D, 64)), part, stats, y, T, **constants)
+    for b in range(0, B, several):  # in turns where the partial sums of all would take much
+        inputs = [tensor[b : b + several] for tensor in (q, k_cache, v_cache, input_pos)]
+        out, count = y[b : b + several], len(inputs[0])
+        launch(
+            attend_kernel, (count * KV, tiles, splits), *inputs, sinks, part, stats, out, T, S,
+            scale * 1.4426950408889634, window, BLOCK=block, num_stages=2,
+            num_warps=4 if splits > 1 else 8, **constants,
+        )  # fmt: skip
+        if splits > 1:
+            launch(
+                merge_kernel, (count * T, H, triton.cdiv(D, 64)), part, stats, out, T, **constants
+            )
     return y
 
 

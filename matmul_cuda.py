@@ -234,18 +234,19 @@ def quantize_kernel(x, peaks, codes, K):
     tl.store(codes + row * K + at, (rounded - 12582912.0).to(tl.int8), mask=at < K)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
-def dequantize_kernel(w, grid, y, N, K, GROUP: tl.constexpr):
-    """y [N, K]: int8 times the scale of its row, or two codes a byte times that of its group."""
-    n = (tl.program_id(1) * 16 + tl.arange(0, 16))[:, None]
+@triton.jit(do_not_specialize=["first", "end", "N", "K"])
+def dequantize_kernel(w, grid, y, first, end, N, K, GROUP: tl.constexpr):
+    """y [end - first, K], those rows of a weight [N, K]: int8 times the scale of its row, or two
+    codes a byte times that of its group."""
+    n = (first + tl.program_id(1) * 16 + tl.arange(0, 16))[:, None]
     k = (tl.program_id(0) * 256 + tl.arange(0, 256))[None, :]
-    row, inside = n.to(tl.int64) * K, (n < N) & (k < K)
+    row, inside = n.to(tl.int64) * K, (n < end) & (k < K)
     if GROUP == 0:
-        scale = tl.load(grid + n, mask=n < N, other=0.0).to(tl.float32)
+        scale = tl.load(grid + n, mask=n < end, other=0.0).to(tl.float32)
         value = tl.load(w + row + k, mask=inside, other=0).to(tl.float32) * scale
     else:
         byte = tl.program_id(0) * 128 + tl.arange(0, 128)[None, :]
-        ok = (n < N) & (2 * byte < K)
+        ok = (n < end) & (2 * byte < K)
         codes = tl.load(w + row // 2 + byte, mask=ok, other=0)
         at = grid + (2 * byte // GROUP * N + n).to(tl.int64) * 2
         scale = tl.load(at, mask=ok, other=0.0).to(tl.float32)
@@ -253,6 +254,7 @@ def dequantize_kernel(w, grid, y, N, K, GROUP: tl.constexpr):
         even = ((codes >> 4).to(tl.float32) - 8) * scale + zero
         odd = ((codes & 15).to(tl.float32) - 8) * scale + zero
         value = tl.join(even, odd).reshape(16, 256)
+    row -= first.to(tl.int64) * K
     tl.store(y + row + k, value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -275,6 +277,7 @@ def sum_experts_kernel(parts, chosen, shares, y, dim, K: tl.constexpr, SLOTS: tl
 # ------------------------------------------------------------------------------------------------
 # Launches
 
+SCRATCH = 1 << 28  # bytes that a dequantized weight, or the splits of attention, take at most
 FEW_ROWS = 32  # more new tokens of a row, or rows of int8 activations, are a prefill
 
 
@@ -363,12 +366,12 @@ def linear(
     return y
 
 
-def dequantized(x: Tensor, weight: Weight) -> Tensor:
-    """The weight in x's dtype [N, K], in memory that the caching allocator reuses."""
+def dequantized(x: Tensor, weight: Weight, rows: range) -> Tensor:
+    """Rows of the weight in x's dtype [rows, K], in memory that the caching allocator reuses."""
     (_, w, grid, _), N, K = weight, len(weight.packed), x.shape[1]
-    y, group = x.new_empty(N, K), K // len(grid) if weight.scheme == "int4" else 0
-    pieces = triton.cdiv(K, 256), triton.cdiv(N, 16)
-    launch(dequantize_kernel, pieces, w, grid, y, N, K, GROUP=group)
+    y, group = x.new_empty(len(rows), K), K // len(grid) if weight.scheme == "int4" else 0
+    programs = triton.cdiv(K, 256), triton.cdiv(len(rows), 16)
+    launch(dequantize_kernel, programs, w, grid, y, rows.start, rows.stop, N, K, GROUP=group)
     return y
 
 
@@ -376,9 +379,14 @@ def product(x: Tensor, weight: Weight, prefill: bool) -> Tensor:
     """x [M, K] times a weight by the arithmetic of a prefill, or that of decoding."""
     if not prefill:
         return linear(x, weight)
-    return nn.functional.linear(
-        x, weight.packed if weight.scheme == "bf16" else dequantized(x, weight)
-    )
+    if weight.scheme == "bf16":
+        return nn.functional.linear(x, weight.packed)
+    N = len(weight.packed)
+    y, height = x.new_empty(len(x), N), SCRATCH // (x.shape[1] * x.element_size())
+    for first in range(0, N, height):
+        rows = range(N)[first : first + height]
+        torch.mm(x, dequantized(x, weight, rows).t(), out=y[:, rows.start : rows.stop])
+    return y
 
 
 def quantized(x: Tensor, peaks: Tensor | None = None) -> tuple[Tensor, Tensor]:

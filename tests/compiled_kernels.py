@@ -253,7 +253,7 @@ def test_rocm_compiles_attention_and_what_surrounds_the_products(compiled):
         positions, table = torch.empty(1, 1, dtype=torch.int64), torch.empty(9, 32, 2)
         gain = torch.empty(64, dtype=BF16)
         kernels_cuda.rotate_write(qkv, positions, table, gain, gain, 1e-5, *caches)
-        dequantized(torch.empty(1, 96, dtype=BF16), weight("int4 g32", 8, 96))
+        dequantized(torch.empty(1, 96, dtype=BF16), weight("int4 g32", 8, 96), range(8))
 
     names = {"attend_kernel", "merge_kernel", "rotate_kernel", "dequantize_kernel"}
     names |= {"linear_kernel", "sum_experts_kernel"}

@@ -98,13 +98,21 @@ def test_norm_gate_bias_and_residual_are_part_of_a_product(scheme):
 
 
 @pytest.mark.parametrize("scheme", ["int8", *INT4])
-def test_prefill_multiplies_by_the_dequantized_weight(scheme):
+def test_prefill_multiplies_by_the_dequantized_weight(scheme, monkeypatch):
+    """A part of it at a time where the whole would take much memory."""
     weight, exact = stored(scheme, 512 if "256" in scheme else 384, 21, BF16)
     x = torch.randn(2, exact.shape[1], generator=torch.Generator().manual_seed(3)).bfloat16()
-    rounded = dequantized(x, weight)
+    rounded = dequantized(x, weight, range(21))
     assert (rounded.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
     assert close(rounded, exact, 2e-3)  # half of the last of 8 bits
-    assert product(x, weight, prefill=True).equal(F.linear(x, rounded))
+    whole = product(x, weight, prefill=True)
+    assert whole.equal(F.linear(x, rounded))
+    assert dequantized(x, weight, range(5, 19)).equal(rounded[5:19])
+    sizes, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w, out: (sizes.append(w.nbytes), mm(x, w, out=out)))
+    monkeypatch.setattr(matmul_cuda, "SCRATCH", 10 * 2 * x.shape[1] + 7)
+    assert close(product(x, weight, prefill=True), whole.double(), 1e-3)
+    assert len(sizes) == 3 and max(sizes) <= matmul_cuda.SCRATCH
 
 
 def test_int8_activations_are_rounded_once_and_summed_as_integers():
@@ -253,6 +261,30 @@ def test_attention_is_exact_for_every_position(
             assert close(y[b, t], torch.einsum("hl,hld->hd", weights, vs), 6e-3), (b, t)
     alone = kernels_cuda.attend(q[:1, 4:], k[:1], v[:1], positions[:1, 4:], 0.2, window, sink)
     assert alone.view(heads, head_dim).equal(y[0, 4])
+
+
+def test_attention_takes_a_batch_in_turns_where_its_splits_would_take_much(monkeypatch, launches):
+    """And gives the same bits: the memory of the partial sums is bounded, for any batch."""
+    generator = torch.Generator().manual_seed(6)
+    k, v = (torch.randn(4, 1, 71, 32, generator=generator).bfloat16() for _ in range(2))
+    q = torch.randn(3, 2, 2, 32, generator=generator).bfloat16()
+    positions = torch.tensor([[3, 4], [60, 61], [30, 70]])
+    whole = kernels_cuda.attend(q, k, v, positions, 0.2, 0, None)
+    assert launches == ["attend_kernel", "merge_kernel"]
+    launches.clear()
+    taken, launch = [], kernels_cuda.launch
+
+    def sized(kernel, grid, *args, **constants):
+        if kernel is kernels_cuda.attend_kernel:
+            taken.append(args[5].nbytes + args[6].nbytes)
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(kernels_cuda, "launch", sized)
+    monkeypatch.setattr(kernels_cuda, "SCRATCH", 20000)  # of two rows: 17408 bytes
+    assert kernels_cuda.attend(q, k, v, positions, 0.2, 0, None).equal(whole)
+    assert launches == ["attend_kernel", "merge_kernel"] * 2 and max(taken) <= 20000
+    monkeypatch.setattr(kernels_cuda, "SCRATCH", 1)
+    assert kernels_cuda.attend(q, k, v, positions, 0.2, 0, None).equal(whole)
 
 
 def test_attention_of_a_prefill_is_that_of_decoding():
