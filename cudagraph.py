@@ -6,6 +6,7 @@ length. Works with ROCm as well, where torch.cuda means HIP.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +15,12 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 8  # tokens a row: more than one are padded to a multiple, as the products' tiles are
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where a device's graphs are captured: one stream for all, as memory is reused on its own."""
+    return torch.cuda.Stream(device)
 
 
 class Graph(NamedTuple):
@@ -65,7 +72,7 @@ class Captured:
 
         if device.type != "cuda":
             return Graph(idx, input_pos, run)
-        side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        side, current = side_stream(device), torch.cuda.current_stream(device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(2):

@@ -233,16 +233,25 @@ class Engine:
         """Free the captured steps: NCCL waits at its end for every CUDA graph that it is in."""
         self.decode_step = self.uncaptured_step
 
-    def warm_up(self, rows: int, verify: bool = False) -> float:
-        """Compile and capture everything for batches of `rows` now; the seconds it took."""
+    def warm_up(self, rows: int, verify: int = 1) -> float:
+        """Compile and capture everything for batches of `rows` now; the seconds it took.
+
+        Passes verify up to `verify` tokens a row.
+        """
         model, began = self.model, time.perf_counter()
         if self.decode_step is self.fused:
             return 0.0
+        many = FEW_ROWS + 1
         compile_kernels = getattr(kernels_for(model.device.type), "compile_kernels", None)
-        if compile_kernels and self.uncaptured_step in (self.fused, model):
-            compile_kernels(self.uncaptured_step, model, rows)  # in threads, before they are run
-        passes = [(T, False) for T in ((1, 2) if verify else (1,))]
-        passes += [(T, True) for T in (1, 2, FEW_ROWS + 1) if self.compile_prefill]
+        for step, T in ((self.uncaptured_step, 1), (self.prefill_step, many)):
+            if compile_kernels and step in (self.fused, model):  # in threads, before they are run
+                compile_kernels(step, model, rows, T, prefill=T == many)
+        # A graph is captured for each 8 tokens a row.
+        passes = [(T, False) for T in sorted({1, *range(2, verify, 8), verify})]
+        if self.compile_prefill:
+            passes += [(1, True), (2, True)]
+        if self.compile_prefill or self.launches_ahead:
+            passes += [(many, True)]
         for T, prefill in passes:
             idx = torch.zeros(rows, T, dtype=torch.int64, device=model.device)
             input_pos = torch.full_like(idx, model.max_seq_length)  # the padding slot

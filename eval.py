@@ -419,7 +419,20 @@ def check_flags(args: Namespace) -> None:
 
 def main(args: Namespace) -> None:
     check_flags(args)
-    device, shard = tp.init(args.device)
+    with tp.joined(args.device) as (device, shard):
+        results, settings = evaluate(args, device, shard)
+    if shard and shard.rank:  # rank 0 writes, and has the exit code: torchrun ends the others
+        return
+    if args.output_path:
+        results["config"] = results.get("config", {}) | settings
+        with replacing(args.output_path) as temporary:
+            temporary.write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
+    if args.against and compare.exceeds(results):
+        sys.exit(1)
+
+
+def evaluate(args: Namespace, device: torch.device, shard: tp.Shard | None) -> tuple[dict, dict]:
+    """The scores that the flags ask for, and what they are of."""
     path = args.checkpoint_path or tp.in_turn(default_checkpoint)
     model, tokenizer = load(path, device, args.precision, shard)
     window = args.max_seq_length or model.args.block_size
@@ -431,17 +444,9 @@ def main(args: Namespace) -> None:
     else:
         results = run_tasks(evaluator, args) if args.tasks else perplexity(evaluator, args)
     evaluator.engine = None  # with its CUDA graphs, for which NCCL would wait
-    tp.shutdown(shard)
-    if shard and shard.rank:  # rank 0 writes, and has the exit code: torchrun ends the others
-        return
-    if args.output_path:
-        settings = {"model": str(path), "device": str(device), "precision": args.precision}
-        settings |= {"max_seq_length": evaluator.max_length, "batch_size": args.batch_size}
-        results["config"] = results.get("config", {}) | settings
-        with replacing(args.output_path) as temporary:
-            temporary.write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
-    if args.against and compare.exceeds(results):
-        sys.exit(1)
+    settings = {"model": str(path), "device": str(device), "precision": args.precision}
+    settings |= {"max_seq_length": evaluator.max_length, "batch_size": args.batch_size}
+    return results, settings
 
 
 if __name__ == "__main__":

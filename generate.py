@@ -315,8 +315,9 @@ def start_engines(
     """What runs the model, and the Speculator if the flags ask for one, warmed up."""
     engines = [Engine(each, args.compile, args.compile_prefill) for each in (model, draft) if each]
     if args.compile or args.compile_prefill or model.device.type == "cuda":
-        for engine in engines:
-            engine.warm_up(args.batch_size, verify=args.speculating)
+        for engine in engines:  # a draft catches up with FEW_ROWS at once, at most
+            most = args.speculate_k + 1 if engine is engines[0] else FEW_ROWS
+            engine.warm_up(args.batch_size, most if args.speculating else 1)
     if not args.speculating:
         return engines[0], None
     size = model.args.vocab_size
@@ -329,7 +330,14 @@ def start_engines(
 
 def main(args: Namespace) -> None:
     check_flags(args)
-    device, shard = tp.init(args.device) if tp else (find_device(args.device), None)
+    alone = None if tp else (find_device(args.device), None)
+    with tp.joined(args.device) if tp else contextlib.nullcontext(alone) as (device, shard):
+        records, totals = run_all(args, device, shard)
+    report(args, records, **totals)
+
+
+def run_all(args: Namespace, device: torch.device, shard: Any) -> tuple[list[dict], dict]:
+    """Load, warm up and generate: the statistics of each run, and those of the whole."""
     if shard and shard.rank:  # rank 0 writes the files
         args.profile = args.json = None
     path = args.checkpoint_path or (tp.in_turn(default_checkpoint) if tp else default_checkpoint())
@@ -376,15 +384,13 @@ def main(args: Namespace) -> None:
     communication = shard.cost(model, args.batch_size) if shard and not speculator else {}
     for each in engines:
         each.release()
-    if tp:
-        tp.shutdown(shard)
     settings = {"checkpoint": str(path), "device": str(device), "torch": torch.__version__}
     settings |= {"precision": args.precision, "compile": args.compile}
     lookup = "prompt lookup" if args.prompt_lookup else ""
     settings |= {"draft": str(args.draft_checkpoint_path or lookup)}
     settings |= {name: getattr(args, name) for name in ("speculate_k", *Settings().defaults)}
     settings |= context_figures | communication
-    report(args, session.records, **settings, load_s=load_s, warm_up_s=warm_up_s)
+    return session.records, settings | {"load_s": load_s, "warm_up_s": warm_up_s}
 
 
 def run_session(session: Session, prompts: list[list[int]]) -> None:

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 def kernels_for(device: str) -> ModuleType | None:
     """The file with this project's operators for a type of device; None where PyTorch's own run."""
     name = {"cpu": "kernels", "cuda": "kernels_cuda"}.get(device)
-    return optional(name, "build_cpp", "operators", "triton") if name else None
+    return optional(name, "build_cpp", "operators", "matmul_cuda", "triton") if name else None
 
 
 class Linear(nn.Module):

@@ -105,22 +105,27 @@ class MixtureOfExperts(nn.Module):
         self.w2 = Linear(options.width, dim, experts=options.experts)
 
     def has_operator(self, prefill: bool) -> bool:
-        """Whether one operator runs all experts, whose weights are packed for it."""
+        """Whether one operator runs all experts: it takes their weights, and no hook looks on."""
         linears = self.w1, self.w3, self.w2
-        a8 = [isinstance(linear, Int8ActivationLinear) for linear in linears]
-        hooked = a8[2] and bool(self.w2.peak._forward_hooks)  # ranks ask each other in between
-        fits = self.act is F.silu and len(set(a8)) == 1 and not hooked
-        return fits and all(linear.tiles is not None for linear in linears)
+        a8 = {isinstance(linear, Int8ActivationLinear) for linear in linears}
+        parts = (*linears, *(linear.peak for linear in linears if hasattr(linear, "peak")))
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        fits = self.act is F.silu and len(a8) == 1 and not hooked
+        if not fits or any(linear.tiles is None for linear in linears):
+            return False
+        return kernels_for(self.w1.weight.device.type).take_experts(self.w1, self.w3, prefill)
 
     def forward(self, x: Tensor, prefill: bool) -> Tensor:
         rows = x.flatten(0, -2)  # [N, dim]
         chosen, shares = self.router(rows, prefill)
         waits = x.device.type == "cpu" and not torch.compiler.is_compiling()
         if self.has_operator(prefill):
-            run = self.by_operator
+            y = self.by_operator(rows, chosen, shares, prefill)
+        elif prefill or waits:
+            y = self.by_expert(rows, chosen, shares, prefill)
         else:
-            run = self.by_expert if prefill or waits else self.by_row
-        y = run(rows, chosen, shares, prefill).type_as(x).view_as(x)
+            y = self.by_row(rows, chosen, shares)
+        y = y.type_as(x).view_as(x)
         return y if self.shared is None else y + self.shared_output(x, prefill)
 
     def shared_output(self, x: Tensor, prefill: bool) -> Tensor:
@@ -147,7 +152,7 @@ class MixtureOfExperts(nn.Module):
             y.index_add_(0, rows, w2(h, prefill).float() * shares[places, None])
         return y
 
-    def by_row(self, x: Tensor, chosen: Tensor, shares: Tensor, _prefill: bool) -> Tensor:
+    def by_row(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """The same for few tokens, without asking the device which experts they chose."""
         experts, x = chosen.flatten(), x.repeat_interleave(chosen.shape[1], 0)  # [N * k, dim]
         h = self.act(multiply_chosen(self.w1, x, experts)) * multiply_chosen(self.w3, x, experts)

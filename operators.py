@@ -16,21 +16,22 @@ from torch import Tensor
 # x is [M, in], `packed` a weight as `pack` of those files makes it, `grid` its scales. `prefill`
 # says which arithmetic a product uses, for any number of rows. `peaks`, float32 [M, 1], are the
 # largest magnitudes of the rows of x. linear_float32 takes a bf16 weight and does not round y.
-# Experts: chosen int64 and shares float32 [M, k], weights with a leading dimension, `a8` if they
-# are int8-activation; the result is float32 [M, in]. Attention: qkv [B, T, heads, D], input_pos
-# [B, T], caches [B, KV heads, S + 1, D], freqs_cis [S + 1, D/2, 2], q [B, T, H, D].
+# Attention: qkv [B, T, heads, D], input_pos [B, T], caches [B, KV heads, S + 1, D], freqs_cis
+# [S + 1, D/2, 2], q [B, T, H, D]. Experts: chosen int64 and shares float32 [M, k], weights with a
+# leading dimension, `a8` if they are int8-activation. They return float32 [M, in]: the sum, in the
+# order of the experts' numbers, of shares * w2(silu(w1 x) * w3 x).
 SCHEMAS = (
     "linear_bf16(Tensor x, Tensor packed, int out, bool prefill) -> Tensor",
     "linear_float32(Tensor x, Tensor packed, int out) -> Tensor",
     "linear_int8(Tensor x, Tensor packed, Tensor grid, bool prefill) -> Tensor",
     "linear_int8_activation(Tensor x, Tensor packed, Tensor grid, Tensor? peaks) -> Tensor",
     "linear_int4(Tensor x, Tensor packed, Tensor grid, int out, bool prefill) -> Tensor",
-    "experts(Tensor x, Tensor chosen, Tensor shares, Tensor w1, Tensor? w1_grid, Tensor w3, "
-    "Tensor? w3_grid, Tensor w2, Tensor? w2_grid, bool a8, bool prefill) -> Tensor",
     "rotate_write(Tensor qkv, Tensor input_pos, Tensor freqs_cis, Tensor? q_norm, Tensor? k_norm, "
     "float eps, Tensor(a!) k_cache, Tensor(b!) v_cache) -> Tensor",
     "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, float scale, int window, "
     "Tensor? sinks) -> Tensor",
+    "experts(Tensor x, Tensor chosen, Tensor shares, Tensor w1, Tensor? w1_grid, Tensor w3, "
+    "Tensor? w3_grid, Tensor w2, Tensor? w2_grid, bool a8, bool prefill) -> Tensor",
 )
 
 
@@ -48,9 +49,9 @@ FAKES = {
     "linear_int8": lambda x, packed, grid, prefill: product(x, len(grid)),
     "linear_int8_activation": lambda x, packed, grid, peaks: product(x, len(grid)),
     "linear_int4": lambda x, packed, grid, out, prefill: product(x, out),
-    "experts": lambda x, *_: x.new_empty(x.shape, dtype=torch.float32),
     "rotate_write": queries,
     "attend": lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
+    "experts": lambda x, *_: x.new_empty(x.shape, dtype=torch.float32),
 }
 
 library = torch.library.Library("tokenbus", "DEF")

@@ -10,7 +10,9 @@ logits. NCCL carries them on CUDA and ROCm, gloo on CPUs. Every rank then draws 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import gc
 import json
 import math
 import os
@@ -18,8 +20,9 @@ import re
 import sys
 import threading
 import time
+import traceback
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -80,6 +83,35 @@ def shutdown(shard: Shard | None) -> None:
         dist.barrier()
         shard.done.set()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined(name: str | None) -> Iterator[tuple[torch.device, Shard | None]]:
+    """What `init` gives, with `shutdown` at the end; after an error `leave` instead.
+
+    What the block has captured is to be local to functions that it calls.
+    """
+    device, shard = init(name)
+    try:
+        yield device, shard
+    except BaseException as error:
+        leave(shard, error)
+        raise
+    shutdown(shard)
+
+
+def leave(shard: Shard | None, error: BaseException) -> None:
+    """Leave after an error, without the others, who may never come to a barrier.
+
+    NCCL would wait at the end of the process for others and for CUDA graphs. gloo would not, and
+    would have the others fail before this rank has said why.
+    """
+    if shard:
+        shard.done.set()
+    if shard and shard.device.type != "cpu":
+        traceback.clear_frames(error.__traceback__)  # engines and their graphs among the locals
+        gc.collect()
+        dist.distributed_c10d._abort_process_group()
 
 
 def timeout() -> float:

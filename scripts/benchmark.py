@@ -131,7 +131,7 @@ def start_engine(model: Transformer, args: Namespace) -> Engine:
     """What runs a model as the flags ask, warmed up to speculate."""
     engine = Engine(model, args.compile, args.compile_prefill)
     if args.compile or args.compile_prefill:
-        engine.warm_up(1, verify=True)
+        engine.warm_up(1, max(VERIFIED))
     return engine
 
 

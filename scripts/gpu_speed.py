@@ -195,7 +195,7 @@ def measure_speed(device: torch.device, shape: str, scheme: str, mode: str) -> d
         torch.cuda.reset_peak_memory_stats(device)
     model, prompt = build(SHAPES[shape], scheme, device), [1] * PREFILL
     engine = start(model, mode, 1, max(DEPTHS) + 2 * GEN)
-    row: dict = {"ran": runner(engine), "warm_up_s": engine.warm_up(1, verify=True)}
+    row: dict = {"ran": runner(engine), "warm_up_s": engine.warm_up(1, max(WIDTHS))}
     row["depths"] = [decoding(engine, depth) for depth in DEPTHS]
     times = timings(device, next, lambda: generate(engine, [prompt], GREEDY, 1, **endless()))
     row |= {"prompt": PREFILL, "prefill_tokens_per_s": PREFILL / median(times)}

@@ -1,4 +1,4 @@
-"""The kernels of kernels_cuda.py as compiled for GPUs that are not here: registers, loads, loops.
+"""The Triton kernels as compiled for GPUs that are not here: registers, loads, loops.
 
 test_kernels_cuda.py runs this in a process of its own, apart from the interpreter.
 """
@@ -6,6 +6,7 @@ test_kernels_cuda.py runs this in a process of its own, apart from the interpret
 import re
 import shutil
 import subprocess
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -13,11 +14,15 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
 
 import kernels_cuda
+import matmul_cuda
 from conftest import CONFIG, random_model
-from kernels_cuda import Weight, linear
+from linear import Linear, linear_for
+from matmul_cuda import Weight, dequantized, linear, product_of_codes
 from model import RMSNorm
+from quantize import quantize
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BF16 = torch.bfloat16
@@ -53,7 +58,8 @@ def compiled(monkeypatch):
         hip, kernels = isinstance(arch, str), {}
         driver = Driver("hip" if hip else "cuda", arch, 64 if hip else 32)
         triton.runtime.driver.set_active(driver)
-        monkeypatch.setattr(kernels_cuda, "target", lambda device: (driver.target.backend, 132))
+        for file in (kernels_cuda, matmul_cuda):
+            monkeypatch.setattr(file, "target", lambda device: (driver.target.backend, 132))
         launch = triton.JITFunction.run
 
         def compile_only(self, *args, warmup=False, **options):
@@ -98,13 +104,28 @@ def weight(scheme: str, out: int, width: int, dtype=BF16) -> Weight:
     return Weight(kind, packed, torch.empty(out, dtype=dtype))
 
 
+def experts(scheme: str, out: int, width: int) -> Weight:
+    one = weight(scheme, out, width)
+    grid = None if one.grid is None else one.grid.new_empty(128, *one.grid.shape)
+    return Weight(one.scheme, one.packed.new_empty(128, *one.packed.shape), grid)
+
+
 def call(scheme: str, role: str, dtype=BF16):
-    """A launch of one product of a Llama-3-8B, as the fused step does it."""
+    """A launch of one product of a Llama-3-8B, as the fused step does it, or of a Qwen3-30B-A3B."""
     x, norm = torch.empty(1, 4096, dtype=dtype), RMSNorm(4096, 1e-5).to(dtype)
     with torch.no_grad():
-        if scheme == "int8-activation":
+        if "experts" in role:
+            rows, K = (8, 768) if role == "experts' w2" else (1, 2048)
+            whole = scheme == "int8-activation"
+            x = torch.empty(rows, K, dtype=torch.int8 if whole else dtype)
+            options = dict(peaks=torch.empty(rows, 1) if whole else None, dtype=dtype)
+            options["experts"] = torch.empty(1, 8, dtype=torch.int64)
+            if rows == 1:
+                options["gate"] = experts(scheme, 768, K)
+            linear(x, experts(scheme, 768 if rows == 1 else 2048, K), **options)
+        elif scheme == "int8-activation":
             w = weight(scheme, 4096, 4096, dtype)
-            kernels_cuda.product_of_codes(x, w.packed, w.grid, torch.empty(1, 1))
+            product_of_codes(x, w.packed, w.grid, torch.empty(1, 1))
         elif role == "wo":
             linear(x, weight(scheme, 4096, 4096, dtype), add=x)
         elif role == "wqkv":
@@ -119,6 +140,9 @@ PRODUCTS += [(90, "bf16", role, BF16) for role in ("wqkv", "w1 w3")]
 PRODUCTS += [(90, "int8", "wqkv", BF16), (90, "int8-activation", "wo", BF16)]
 PRODUCTS += [(90, "int4 g128", "w1 w3", torch.float16), (80, "int4 g32", "w1 w3", BF16)]
 PRODUCTS += [(80, "int8", "w1 w3", BF16)]
+for name in ("experts' w1 w3", "experts' w2"):
+    PRODUCTS += [(90, scheme, name, BF16) for scheme in matmul_cuda.SHAPES if scheme != "int4"]
+    PRODUCTS += [(90, "int4 g32", name, BF16), (80, "int4 g32", name, BF16)]
 
 
 @pytest.mark.parametrize("arch, scheme, role, dtype", PRODUCTS)
@@ -143,8 +167,37 @@ def test_a_product_is_few_instructions_a_weight(compiled, tmp_path):
     for scheme, columns, most in (("bf16", 8, 5), ("int8", 16, 7), ("int4 g32", 32, 5.5)):
         kernel = compiled(90, lambda scheme=scheme: call(scheme, "wqkv"))["linear_kernel"]
         loop, *_ = disassembled(kernel, tmp_path)
-        U, R = kernels_cuda.SHAPES[scheme.partition(" ")[0]][3], 2
+        U, R = matmul_cuda.SHAPES[scheme.partition(" ")[0]][3], 2
         assert len(loop) / (columns * U * R) < most, scheme
+
+
+REASONS = {"": "Failed to find C compiler", "no-such-cc": "No such file or directory: 'no-such-cc'"}
+REASONS["false"] = "false fails to build Triton's launcher"
+
+
+@pytest.mark.parametrize("compiler", REASONS)
+def test_without_a_c_compiler_one_line_says_so_and_no_weight_is_served(
+    compiler, monkeypatch, tmp_path, capfd
+):
+    """By Triton's own driver, which builds its launcher before it asks for a device."""
+    monkeypatch.setattr(CudaDriver, "is_active", staticmethod(lambda: True))
+    (tmp_path / "libcuda.so.1").touch()
+    for name in ("TRITON_LIBCUDA_PATH", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    if compiler:
+        monkeypatch.setenv("CC", compiler)
+    else:
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    triton.runtime.driver.set_active(None)
+    kernels_cuda.can_launch.cache_clear()
+    served = types.SimpleNamespace(device=torch.device("cpu"), dtype=BF16, is_cuda=True)
+    monkeypatch.setattr(kernels_cuda, "supported", lambda device: True)
+    for _ in range(2):
+        assert not kernels_cuda.served(served)
+    error = capfd.readouterr().err
+    assert error.count("slower than it could be") == error.count("\n") == 1
+    assert REASONS[compiler] in error and "install gcc" in error
 
 
 def attend(head_dim: int, tokens: int):
@@ -179,7 +232,10 @@ def test_weights_are_loaded_before_the_kernel_ahead_is_done(compiled):
     assert "ld.global" in after and "st.global" not in before
 
 
-@pytest.mark.parametrize("scheme, role", [("int4 g32", "w1 w3"), ("int8-activation", "wo")])
+ROCM = [("int4 g32", "w1 w3"), ("int8-activation", "wo"), ("int4 g32", "experts' w1 w3")]
+
+
+@pytest.mark.parametrize("scheme, role", ROCM)
 def test_rocm_multiplies_on_its_matrix_cores(scheme, role, compiled):
     text = compiled("gfx942", lambda: call(scheme, role))["linear_kernel"].asm["amdgcn"]
     assert "v_mfma" in text and re.search("(global|buffer)_load_dwordx4", text)
@@ -189,35 +245,52 @@ def test_rocm_multiplies_on_its_matrix_cores(scheme, role, compiled):
 def test_rocm_compiles_attention_and_what_surrounds_the_products(compiled):
     def calls():
         attend(128, 1)
+        both, w2 = experts("bf16", 64, 64).packed, experts("bf16", 64, 64).packed
+        x, chosen = torch.empty(1, 64, dtype=BF16), torch.empty(1, 6, dtype=torch.int64)
+        stacks = both, None, both, None, w2, None
+        matmul_cuda.experts(x, chosen, torch.empty(1, 6), *stacks, False, False)
         qkv, caches = torch.empty(1, 1, 6, 64, dtype=BF16), torch.empty(2, 1, 2, 9, 64, dtype=BF16)
         positions, table = torch.empty(1, 1, dtype=torch.int64), torch.empty(9, 32, 2)
         gain = torch.empty(64, dtype=BF16)
         kernels_cuda.rotate_write(qkv, positions, table, gain, gain, 1e-5, *caches)
-        kernels_cuda.dequantized(torch.empty(1, 96, dtype=BF16), weight("int4 g32", 8, 96))
+        dequantized(torch.empty(1, 96, dtype=BF16), weight("int4 g32", 8, 96), range(8))
 
     names = {"attend_kernel", "merge_kernel", "rotate_kernel", "dequantize_kernel"}
+    names |= {"linear_kernel", "sum_experts_kernel"}
     assert compiled("gfx942", calls).keys() == names
 
 
 @torch.inference_mode()
-def test_a_steps_kernels_are_compiled_in_threads_before_the_first_launch(monkeypatch):
+def test_the_kernels_of_both_passes_are_compiled_in_threads_before_the_first_launch(monkeypatch):
     """Nothing is launched meanwhile: there is no device."""
     triton.runtime.driver.set_active(Driver("cuda", 89, 32))
-    monkeypatch.setattr(kernels_cuda, "target", lambda device: ("cuda", 128))
+    for file in (kernels_cuda, matmul_cuda):
+        monkeypatch.setattr(file, "target", lambda device: ("cuda", 128))
     monkeypatch.setattr(kernels_cuda, "supported", lambda device: True)
     for file in ("linear", "model"):
         monkeypatch.setattr(f"{file}.kernels_for", lambda device: kernels_cuda)
     kernels_cuda.register("CPU")
     model = random_model(CONFIG, BF16)
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, Linear) and name != "output":
+            tensors = quantize(module.weight, "int8", 0)
+            new = linear_for(module, tensors)
+            new.load_state_dict(tensors, assign=True)
+            model.set_submodule(name, new)
     model.pack_weights()
     model.setup_caches(1, 16)
+    kernels = {name: getattr(kernels_cuda, f"{name}_kernel") for name in ("attend", "rotate")}
+    kernels |= {name: getattr(matmul_cuda, f"{name}_kernel") for name in ("linear", "dequantize")}
+
+    def ready() -> dict[str, int]:
+        found = {name: [*k.device_caches["cuda 89"][0].values()] for name, k in kernels.items()}
+        assert all("cubin" in kernel.asm for made in found.values() for kernel in made)
+        return {name: len(made) for name, made in found.items()}
+
     kernels_cuda.compile_kernels(kernels_cuda.fuse(model), model, 1)
-    kernels = {
-        name: getattr(kernels_cuda, f"{name}_kernel") for name in ("linear", "attend", "rotate")
-    }
-    ready = {name: [*k.device_caches["cuda 89"][0].values()] for name, k in kernels.items()}
-    assert {name: len(found) for name, found in ready.items()} == dict(linear=4, attend=1, rotate=1)
-    assert all("cubin" in kernel.asm for found in ready.values() for kernel in found)
+    assert ready() == dict(attend=1, rotate=1, linear=4, dequantize=0)
+    kernels_cuda.compile_kernels(model, model, 1, 33, prefill=True)
+    assert ready() == dict(attend=2, rotate=1, linear=4, dequantize=1)
     assert not any(
         cache.any() for layer in model.layers for cache in layer.attention.kv_cache.buffers()
     )

@@ -1,20 +1,25 @@
-"""The kernels of kernels_cuda.py in the interpreter, against float64 and the project's own path.
+"""The Triton kernels in the interpreter, against float64 and the project's own path.
 
 test_kernels_cuda.py runs this in a process of its own: the interpreter is chosen when Triton loads.
 """
 
 import interpreter  # noqa: F401  # isort: skip  (before Triton)
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels_cuda
 import linear as linear_file
+import matmul_cuda
+import mixture as mixture_file
 import model as model_file
 from conftest import CONFIG, random_model
-from kernels_cuda import Weight, linear
 from linear import Int8ActivationLinear, Linear, linear_for
-from model import RMSNorm, apply_rotary_emb
+from matmul_cuda import Weight, dequantized, linear, product, product_of_codes
+from mixture import MixtureOfExperts
+from model import Mixture, RMSNorm, apply_rotary_emb
 from quantize import quantize
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -26,8 +31,11 @@ def interpreted():
     """The code of a GPU with 2 SMs, PTX included, served to the CPU."""
     kernels_cuda.register("CPU")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels_cuda, "target", lambda device: ("cuda", 2))
+        for file in (kernels_cuda, matmul_cuda):
+            patch.setattr(file, "target", lambda device: ("cuda", 2))
         patch.setattr(kernels_cuda, "supported", lambda device: True)
+        for file in (linear_file, mixture_file):
+            patch.setattr(file, "kernels_for", lambda device: kernels_cuda)
         yield
 
 
@@ -92,13 +100,21 @@ def test_norm_gate_bias_and_residual_are_part_of_a_product(scheme):
 
 
 @pytest.mark.parametrize("scheme", ["int8", *INT4])
-def test_prefill_multiplies_by_the_dequantized_weight(scheme):
+def test_prefill_multiplies_by_the_dequantized_weight(scheme, monkeypatch):
+    """A part of it at a time where the whole would take much memory."""
     weight, exact = stored(scheme, 512 if "256" in scheme else 384, 21, BF16)
     x = torch.randn(2, exact.shape[1], generator=torch.Generator().manual_seed(3)).bfloat16()
-    rounded = kernels_cuda.dequantized(x, weight)
+    rounded = dequantized(x, weight, range(21))
     assert (rounded.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
     assert close(rounded, exact, 2e-3)  # half of the last of 8 bits
-    assert kernels_cuda.product(x, weight, prefill=True).equal(F.linear(x, rounded))
+    whole = product(x, weight, prefill=True)
+    assert whole.equal(F.linear(x, rounded))
+    assert dequantized(x, weight, range(5, 19)).equal(rounded[5:19])
+    sizes, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w, out: (sizes.append(w.nbytes), mm(x, w, out=out)))
+    monkeypatch.setattr(matmul_cuda, "SCRATCH", 10 * 2 * x.shape[1] + 7)
+    assert close(product(x, weight, prefill=True), whole.double(), 1e-3)
+    assert len(sizes) == 3 and max(sizes) <= matmul_cuda.SCRATCH
 
 
 def test_int8_activations_are_rounded_once_and_summed_as_integers():
@@ -111,9 +127,103 @@ def test_int8_activations_are_rounded_once_and_summed_as_integers():
     codes = (x.float() / step).round().double() @ weight.packed.double().t()
     expected = (codes.float() * step * weight.grid.float()).bfloat16()
     for rows in (1, 9, 40):  # 40: by torch's own product
-        y = kernels_cuda.product_of_codes(x[:rows], weight.packed, weight.grid, None)
+        y = product_of_codes(x[:rows], weight.packed, weight.grid, None)
         assert y.equal(expected[:rows])
 
+
+# ---- Experts -------------------------------------------------------------------------------------
+
+OPTIONS = Mixture(experts=8, chosen=3, width=32, renormalize=True)
+
+
+def random_experts(scheme: str, served: bool, dtype=BF16) -> MixtureOfExperts:
+    """Experts of 96 columns; w2 is int8 in the scheme `mixed`, the others int4."""
+    mixture = MixtureOfExperts(96, OPTIONS, F.silu, None)
+    generator = torch.Generator().manual_seed(8)
+    for parameter in mixture.requires_grad_(False).parameters():
+        parameter.normal_(0, 0.1, generator=generator)
+    for name in ("w1", "w3", "w2"):
+        kind = {"mixed": "int8" if name == "w2" else "int4"}.get(scheme, scheme)
+        if kind != "bf16":
+            tensors = quantize(getattr(mixture, name).weight, kind, 32)
+            new = linear_for(getattr(mixture, name), tensors)
+            new.load_state_dict(tensors, assign=True)
+            setattr(mixture, name, new.requires_grad_(False))
+    mixture.to(dtype)
+    if served:
+        for module in (mixture.router, mixture.w1, mixture.w3, mixture.w2):
+            module.pack_weights()
+    return mixture
+
+
+EXPERTS = [("bf16", BF16, 0.007), ("bf16", FP16, 0.001), ("int8", BF16, 0.007)]
+EXPERTS += [("int4", BF16, 0.009), ("mixed", BF16, 0.009), ("int8-activation", BF16, 0.012)]
+
+
+@pytest.mark.parametrize("scheme, dtype, bound", EXPERTS)
+def test_the_chosen_experts_are_three_launches_after_the_router_and_give_what_the_modules_give(
+    scheme, dtype, bound, launches
+):
+    """No other expert is read, and a row has the same bits alone."""
+    mixture, plain = (random_experts(scheme, served, dtype) for served in (True, False))
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(9)).to(dtype)
+    chosen, shares = mixture.router(x, False)
+    others = [i for i in range(8) if i not in chosen]
+    for floats in (mixture.w1, mixture.w3, mixture.w2):
+        values = next(p for p in reversed([*floats.parameters()]) if p.is_floating_point())
+        values[others] = float("nan")
+    launches.clear()
+    y = mixture(x, False)
+    rounding = ["quantize_kernel"] * (scheme == "int8-activation")
+    products = [*rounding, "linear_kernel"] * 2
+    assert launches == ["linear_kernel", *products, "sum_experts_kernel"] and len(others) > 1
+    usual = plain.by_row(x, chosen, shares).double()
+    exact = copy.deepcopy(plain).double().by_row(x.double(), chosen, shares)
+    if scheme == "int8-activation":  # what enters a product is rounded by definition
+        exact = usual
+    assert y.dtype == dtype and close(y, exact, bound) and close(usual, exact, bound)
+    assert close(y, plain.by_expert(x, chosen, shares, False).double(), 1.5 * bound)
+    assert mixture(x[1:], False).equal(y[1:])
+
+
+def test_experts_are_added_in_the_order_of_their_numbers():
+    """Whatever order their shares have; in float32 that decides the last bits."""
+    mixture = random_experts("bf16", True)
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(9)).bfloat16()
+    chosen, shares = mixture.router(x, False)
+    y = mixture.by_operator(x, chosen, shares, False)
+    order = [2, 0, 1]
+    assert mixture.by_operator(x, chosen[:, order], shares[:, order], False).equal(y)
+    parts = [mixture.by_operator(x, chosen[:, [i]], torch.ones(2, 1), False) for i in range(3)]
+    total, parts = torch.zeros_like(y), torch.stack(parts, 1)  # [2, 3, dim]
+    for i in range(3):
+        place = chosen.argsort(1)[:, i : i + 1]
+        part = parts.take_along_dim(place.unsqueeze(-1), 1)[:, 0]
+        total += part * shares.take_along_dim(place, 1)
+    assert y.equal(total)
+
+
+def test_experts_without_an_operator_go_the_plain_way():
+    """Another activation, two schemes in one launch, rounded inputs of one alone, or a hook."""
+    assert random_experts("int4", True).has_operator(False)
+    mixture = random_experts("bf16", True)
+    handle = mixture.w2.register_forward_hook(lambda *_: None)
+    assert not mixture.has_operator(False)
+    handle.remove()
+    assert mixture.has_operator(False) and not mixture.has_operator(True)
+    odd = random_experts("int8-activation", True)
+    handle = odd.w2.peak.register_forward_hook(lambda *_: None)
+    assert not odd.has_operator(False)
+    handle.remove()
+    mixture.act = F.gelu
+    assert not mixture.has_operator(False)
+    mixture.act, mixture.w3 = F.silu, random_experts("int8", True).w3
+    assert not mixture.has_operator(False)
+    mixture.w3, mixture.w2 = mixture.w1, odd.w2
+    assert not mixture.has_operator(False)
+
+
+# ---- Attention -----------------------------------------------------------------------------------
 
 ATTENTION = [  # H, KV, D, S, window, sinks
     (8, 2, 64, 130, 0, True),
@@ -152,6 +262,30 @@ def test_attention_is_exact_for_every_position(
             assert close(y[b, t], torch.einsum("hl,hld->hd", weights, vs), 6e-3), (b, t)
     alone = kernels_cuda.attend(q[:1, 4:], k[:1], v[:1], positions[:1, 4:], 0.2, window, sink)
     assert alone.view(heads, head_dim).equal(y[0, 4])
+
+
+def test_attention_takes_a_batch_in_turns_where_its_splits_would_take_much(monkeypatch, launches):
+    """And gives the same bits: the memory of the partial sums is bounded, for any batch."""
+    generator = torch.Generator().manual_seed(6)
+    k, v = (torch.randn(4, 1, 71, 32, generator=generator).bfloat16() for _ in range(2))
+    q = torch.randn(3, 2, 2, 32, generator=generator).bfloat16()
+    positions = torch.tensor([[3, 4], [60, 61], [30, 70]])
+    whole = kernels_cuda.attend(q, k, v, positions, 0.2, 0, None)
+    assert launches == ["attend_kernel", "merge_kernel"]
+    launches.clear()
+    taken, launch = [], kernels_cuda.launch
+
+    def sized(kernel, grid, *args, **constants):
+        if kernel is kernels_cuda.attend_kernel:
+            taken.append(args[5].nbytes + args[6].nbytes)
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(kernels_cuda, "launch", sized)
+    monkeypatch.setattr(kernels_cuda, "SCRATCH", 20000)  # of two rows: 17408 bytes
+    assert kernels_cuda.attend(q, k, v, positions, 0.2, 0, None).equal(whole)
+    assert launches == ["attend_kernel", "merge_kernel"] * 2 and max(taken) <= 20000
+    monkeypatch.setattr(kernels_cuda, "SCRATCH", 1)
+    assert kernels_cuda.attend(q, k, v, positions, 0.2, 0, None).equal(whole)
 
 
 def test_attention_of_a_prefill_is_that_of_decoding():
@@ -230,14 +364,15 @@ def served(model, monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    names, launch = [], kernels_cuda.launch
+    names, launch = [], matmul_cuda.launch
 
     def counted(kernel, *args, **constants):
         names.append(kernel.fn.__name__)
         launch(kernel, *args, **constants)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels_cuda, "launch", counted)
+        for file in (kernels_cuda, matmul_cuda):
+            patch.setattr(file, "launch", counted)
         yield names
 
 
@@ -303,6 +438,7 @@ def test_the_fused_step_refuses_what_it_does_not_know(monkeypatch):
 
 def test_a_weight_is_served_as_it_is_stored_or_not_at_all():
     """No second copy of a weight; what has no kernel is told by None."""
+    assert kernels_cuda.can_launch(torch.device("cpu"))
     for scheme in ("bf16", "int8", "int4 g32"):
         weight, _ = stored(scheme, 96, 5, BF16)
         packed, grid = kernels_cuda.pack(weight.packed, weight.grid)

@@ -4,6 +4,7 @@ What only a GPU could show, a wait for the device, is refused here on the meta d
 values to wait for.
 """
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -11,7 +12,9 @@ import json
 import os
 import subprocess
 import sys
+import types
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -19,12 +22,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import cudagraph
+import engine as engine_file
+import generate as generate_file
+import mixture as mixture_file
 import operators  # noqa: F401
 from conftest import CONFIG, ROOT, random_model
 from cudagraph import BLOCK, Captured
 from engine import Engine, Sampling, generate, sample, send_tokens
 from families import from_config
-from linear import Linear, linear_for
+from linear import FEW_ROWS, Linear, linear_for
 from model import Output, Transformer
 from quantize import quantize
 from speculate import PromptLookup, Speculator, speculate
@@ -158,6 +165,91 @@ def test_one_graph_serves_every_length_and_a_prefill_has_none():
     assert calls[-1] == (1, 9, 32) and len(captured.graphs) == 3
 
 
+@pytest.mark.parametrize("most", [1, 2, 8, 9, 17, 32])
+def test_after_the_warm_up_nothing_is_captured_whatever_is_verified(most):
+    engine = make_engine()
+    graphs = engine.decode_step.__closure__[0].cell_contents.graphs
+    engine.warm_up(1, most)
+    captured = set(graphs)
+    for tokens in range(1, most + 1):
+        idx = torch.arange(tokens)[None]
+        engine.decode(idx, idx, 64)
+    assert set(graphs) == captured and max(width for _, width in captured) < most + BLOCK
+
+
+def test_a_draft_and_its_model_are_warmed_up_for_all_that_they_may_run(monkeypatch):
+    """A model verifies what is proposed and one more; a draft catches up with a text."""
+    warmed = []
+    monkeypatch.setattr(Engine, "warm_up", lambda engine, *most: warmed.append(most))
+    models = [random_model(CONFIG) for _ in range(2)]
+    for model in models:
+        model.setup_caches(1, 64)
+    lookup = ["--compile", "--prompt_lookup", "--speculate_k", "20"]
+    for draft, flags in ((models[1], lookup), (None, lookup), (None, ["--compile"])):
+        args = generate_file.make_parser().parse_args(flags)
+        generate_file.check_flags(args)
+        args.batch_size = 1
+        generate_file.start_engines(models[0], draft, args)
+    assert warmed == [(1, 21), (1, FEW_ROWS), (1, 21), (1, 1)]
+
+
+def test_a_prefill_is_warmed_up_too(monkeypatch):
+    """By a pass of its own for many tokens, whose kernels are compiled in threads before."""
+    engine, passes, compiled = make_engine(2), [], []
+    model = engine.prefill_step = engine.uncaptured_step = engine.model
+    forward = model.forward
+
+    def watched(idx, input_pos, kv_len, last):
+        passes.append((idx.shape[1], last is not None))
+        return forward(idx, input_pos, kv_len, last)
+
+    def compile_kernels(step, model, rows, tokens, prefill):
+        compiled.append((step is model, rows, tokens, prefill))
+        assert not passes
+
+    kernels = types.SimpleNamespace(compile_kernels=compile_kernels)
+    monkeypatch.setattr(engine_file, "kernels_for", lambda device: kernels)
+    monkeypatch.setattr(model, "forward", watched)
+    engine.warm_up(2)
+    assert compiled == [(True, 2, 1, False), (True, 2, FEW_ROWS + 1, True)]
+    assert (FEW_ROWS + 1, True) in passes and (1, False) in passes
+
+
+def test_all_graphs_of_a_device_are_captured_on_one_stream(monkeypatch):
+    """They share a pool, and its memory is only reused on the stream that it was taken on."""
+    captures = []
+
+    class Stand(types.SimpleNamespace):  # for a stream and a graph
+        def wait_stream(self, _other):
+            pass
+
+        def pool(self):
+            return "pool"
+
+    def graph(_graph, pool, stream, capture_error_mode):
+        captures.append((stream, pool))
+        return contextlib.nullcontext()
+
+    cuda = types.SimpleNamespace(CUDAGraph=Stand, graph=graph)
+    cuda.Stream = lambda device: Stand(device=device)
+    cuda.current_stream, cuda.stream = cuda.Stream, lambda side: contextlib.nullcontext()
+    fake = types.SimpleNamespace(cuda=cuda, int64=torch.int64, full_like=torch.full_like)
+    fake.zeros = lambda *shape, dtype, device: torch.zeros(*shape, dtype=dtype)
+    monkeypatch.setattr(cudagraph, "torch", fake)
+    cudagraph.side_stream.cache_clear()
+    model = random_model(CONFIG)
+    device, other = torch.device("cuda:0"), torch.device("cuda:1")
+    for at in (device, other):
+        captured = Captured(lambda idx, *_: (idx,), model)
+        for width in (1, 8):
+            captured.capture(1, width, at)
+    streams = [stream for stream, _ in captures]
+    assert streams[0] is streams[1] and streams[2] is streams[3] is not streams[0]
+    assert [stream.device for stream in streams] == [device] * 2 + [other] * 2
+    assert [pool for _, pool in captures] == [None, "pool"] * 2
+    cudagraph.side_stream.cache_clear()
+
+
 def test_speculation_verifies_by_the_captured_step():
     prompt = [[5, 6, 7, 8] * 4]
     options = dict(until=lambda row, token: False, seeds=[3])
@@ -209,10 +301,9 @@ class NoNumbers(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def on_meta(scheme: str, by_ours: bool, qk_norm=False) -> Captured:
+def on_meta(scheme: str, by_ours: bool, family: dict) -> Captured:
     """A captured step of a model without values, by this project's operators or by PyTorch's."""
-    config = CONFIG | ({"model_type": "qwen3", "head_dim": 32} if qk_norm else {})
-    model = random_model(config).bfloat16()
+    model = random_model(CONFIG | family).bfloat16()
     for name, linear in list(model.named_modules()):
         if isinstance(linear, Linear) and scheme != "bf16":
             tensors = quantize(linear.weight, scheme, 16)
@@ -237,15 +328,36 @@ def by_operators(model: Transformer) -> Captured:
     return Captured(model, model)
 
 
+class Calls(TorchDispatchMode):
+    """Counts the calls of this project's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket._qualified_op_name] += 1
+        return func(*args, **kwargs or {})
+
+
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 32}
+EXPERTS |= {"moe_intermediate_size": 64, "norm_topk_prob": True}
+
+
 @pytest.mark.parametrize("by_ours", [False, True])
 @pytest.mark.parametrize("scheme", ["bf16", "int8", "int8-activation", "int4"])
-def test_no_step_waits_for_the_device(scheme, by_ours):
-    for qk_norm, tokens in itertools.product((False, True), (1, 4)):
-        captured = on_meta(scheme, by_ours, qk_norm)
+def test_no_step_waits_for_the_device(scheme, by_ours, monkeypatch):
+    kernels = types.SimpleNamespace(take_experts=lambda w1, w3, prefill: not prefill)
+    monkeypatch.setattr(mixture_file, "kernels_for", lambda device: kernels)
+    families = {}, {"model_type": "qwen3", "head_dim": 32}, EXPERTS
+    for family, tokens in itertools.product(families, (1, 4)):
+        captured = on_meta(scheme, by_ours, family)
         idx = torch.zeros(2, tokens, dtype=torch.int64, device="meta")
-        with NoWaiting(), NoNumbers():
+        with NoWaiting(), NoNumbers(), Calls() as calls:
             logits, hidden = captured(idx, idx, 64)
         assert logits.shape == (2, tokens, 300) and hidden.shape == (2, tokens, 48)
+        experts = 2 if by_ours and family is EXPERTS else 0  # one call a layer
+        assert calls.counts["tokenbus::experts"] == experts
 
 
 @pytest.mark.parametrize("by_ours", [False, True])

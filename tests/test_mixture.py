@@ -80,7 +80,7 @@ def test_tokens_go_through_their_experts_in_a_prefill_while_decoding_and_by_numb
     assert torch.allclose(mixture(x, True), expected, **near)
     assert torch.allclose(mixture(x, False), expected, **near)
     chosen, shares = mixture.router(x[0], False)
-    numbered = mixture.by_row(x[0], chosen, shares, False)
+    numbered = mixture.by_row(x[0], chosen, shares)
     assert torch.allclose(numbered, mixture(x, False)[0], rtol=1e-4, atol=1e-4)
 
 
@@ -92,7 +92,7 @@ def test_no_other_expert_is_read(x):
     for linear in (mixture.w1, mixture.w3, mixture.w2):
         linear.weight[others] = float("nan")
     assert mixture(x[:, :1], False).equal(expected) and mixture(x[:, :1], True).isfinite().all()
-    assert mixture.by_row(x[0, :1], chosen, shares, False).isfinite().all()
+    assert mixture.by_row(x[0, :1], chosen, shares).isfinite().all()
 
 
 def test_a_token_alone_gives_what_it_gives_in_a_batch(x):

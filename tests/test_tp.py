@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -395,6 +397,37 @@ def test_a_machine_that_dies_or_hangs_ends_the_other(struck, node, blow):
     code, err, seconds = struck[node, blow].result()
     assert code != 0 and seconds < 30
     assert blow == signal.SIGKILL or "is silent for 20 s" in err
+
+
+def test_a_rank_leaves_together_or_after_an_error_at_once_without_its_graphs(monkeypatch):
+    """NCCL waits for graphs and for the others at the end of the process."""
+    left, held = [], []
+
+    class Graph:
+        pass
+
+    def work(fails: bool) -> None:
+        graph = Graph()
+        held.append(weakref.ref(graph))
+        if fails:
+            raise UserError("the logits are NaN")
+
+    def abort() -> None:
+        left.append("at once" if held[-1]() is None else "with a graph")
+
+    def enter(name: str) -> tuple:
+        shard = types.SimpleNamespace(device=torch.device(name), done=threading.Event())
+        return shard.device, shard
+
+    monkeypatch.setattr(tp, "init", enter)
+    monkeypatch.setattr(tp, "shutdown", lambda shard: left.append("together"))
+    monkeypatch.setattr(tp.dist.distributed_c10d, "_abort_process_group", abort)
+    for name, fails in (("cuda", False), ("cpu", True), ("cuda", True)):
+        ends = pytest.raises(UserError, match="NaN") if fails else contextlib.nullcontext()
+        with ends, tp.joined(name) as (_, shard):
+            work(fails)
+        assert shard.done.is_set() == fails
+    assert left == ["together", "at once"]
 
 
 def test_a_missing_rank_is_waited_for_only_so_long(folder):

@@ -35,15 +35,14 @@ def run_case(path, rows: int, compile: str | None, shard=None) -> dict:
 
 
 def main(cases: str, results: str) -> None:
-    _, shard = tp.init("cpu")
-    outcomes = []
-    for case in json.loads(Path(cases).read_text()):
-        began = time.perf_counter()
-        outcomes.append(run_case(*case, shard=shard))
-        print(*case, f"{time.perf_counter() - began:.1f} s", flush=True)
-        torch.compiler.reset()
-    torch.save(outcomes, f"{results}.{shard.rank}")
-    tp.shutdown(shard)
+    with tp.joined("cpu") as (_, shard):
+        outcomes = []
+        for case in json.loads(Path(cases).read_text()):
+            began = time.perf_counter()
+            outcomes.append(run_case(*case, shard=shard))
+            print(*case, f"{time.perf_counter() - began:.1f} s", flush=True)
+            torch.compiler.reset()
+        torch.save(outcomes, f"{results}.{shard.rank}")
 
 
 if __name__ == "__main__":
