@@ -44,6 +44,7 @@ TYPES = (
     *(COMPILED, "Other"),
 )
 ROLES = ("wqkv", "wo", "w1", "w3", "w2", "output")
+ROTATION = "tokenbus::rotate_write"  # stands for the module where operators attend
 COMMUNICATION = ("c10d::", "_c10d_functional::", "nccl:", "gloo:")  # how its operators begin
 IN_COMPILED = {  # operators that compiled code calls, and the type and scheme that they betray
     "aten::_weight_int4pack_mm": ("Linear", "int4"),
@@ -151,6 +152,8 @@ def identify(event: dict, inside: str) -> tuple[str, str, str, int] | None:
         return "Communication", "-", "-", 0
     if name.startswith("Torch-Compiled Region"):
         return COMPILED, "-", "-", 0
+    if inside == "Attention" and name == ROTATION:
+        return "RoPE", "-", "-", 0
     if inside == COMPILED and name in IN_COMPILED:
         return *IN_COMPILED[name], "(compiled)", 0
     return None
