@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from cli import UserError
+from cli import UserError, replaced
 from prompts import check_prompt, initial_messages, tokenize, user_message
 
 HELP = """/retry          answers your last message again
@@ -100,7 +100,7 @@ class Conversation:
         """Put another system prompt before the messages so far."""
         if not self.args.chat:
             return say("plain text has no system prompt; leave --no-chat out")
-        self.args.system_prompt = text
+        self.args = replaced(self.args, system_prompt=text)
         said = [message for message in self.messages if message["role"] != "system"]
         self.messages = initial_messages(self.args) + said
         say("the system prompt is set" if text else "there is no system prompt now")

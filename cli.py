@@ -65,6 +65,18 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     return parse
 
 
+def replaced(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """A copy of parsed flags with some changed; the caller's stay as they were typed."""
+    return argparse.Namespace(**vars(args) | changes)
+
+
+def refuse(*contradictions: tuple[Any, str]) -> None:
+    """Raise a `UserError` for the first row of a table that holds: `(condition, sentence)`."""
+    for holds, sentence in contradictions:
+        if holds:
+            raise UserError(sentence)
+
+
 def json_object(text: str) -> dict:
     """An argparse type: a JSON object."""
     try:

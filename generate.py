@@ -34,6 +34,8 @@ from cli import (
     number,
     optional,
     output_file,
+    refuse,
+    replaced,
     replacing,
     run,
 )
@@ -266,47 +268,41 @@ def context_text(value: str) -> str:
     return text
 
 
-def check_flags(args: Namespace) -> None:
-    """Fill in the flags whose default depends on others; UserError if some contradict."""
-    args.chat = args.interactive if args.chat is None else args.chat
-    args.speculating = bool(args.draft_checkpoint_path or args.prompt_lookup)
-    if args.speculating and not args.batch_size:
-        args.batch_size = 1
-    if args.system_prompt and not args.chat:
-        raise UserError("--system_prompt is for chats; add --chat")
-    if args.template_args and not args.chat:
-        raise UserError("--template_args is for chats; add --chat")
-    if args.interactive and (args.batch_size or 1) > 1:
-        raise UserError("--interactive is one conversation; leave --batch_size out")
-    if args.speculating and args.batch_size > 1:
-        raise UserError("speculation is for one stream at a time; leave --batch_size out")
-    if args.speculate_k and not args.speculating:
-        raise UserError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup; add one")
-    args.speculate_k = args.speculate_k or 5
-    elsewhere = args.prompts_file or args.interactive or args.jsonl
-    if args.chat and not elsewhere and is_random_prompt(args.prompt):
-        raise UserError(
-            f"--prompt {args.prompt} is random tokens, which no chat wraps; drop --chat"
-        )
-    if args.profile and args.speculating:
-        raise UserError("--profile shows plain decoding; leave speculation out")
-    if args.interactive and args.num_samples > 1:
-        raise UserError("--interactive is one conversation; leave --num_samples out")
-    if args.interactive and args.prompt_logprobs:
-        raise UserError("--prompt_logprobs is for single prompts; leave --interactive out")
-    if args.jsonl and args.num_samples > 1:
-        raise UserError("--jsonl makes a text a request; leave --num_samples out")
-    if (args.prefill_cache or args.prefill_cache_gb is not None) and not args.prefill_context:
-        raise UserError("--prefill_cache and --prefill_cache_gb go with --prefill_context; add it")
-    needed = {"speculate": args.speculating, "prefill_cache": args.prefill_context}
-    needed |= {"ranges": args.profile, "tp": int(os.environ.get("WORLD_SIZE", 1)) > 1}
-    needed |= {"chat": args.interactive, "jsonl": args.jsonl}
-    flags = dict(speculate="speculation", prefill_cache="--prefill_context", ranges="--profile")
-    flags |= dict(chat="--interactive", jsonl="--jsonl")
-    for name in needed:
-        if needed[name] and optional(name) is None:
-            what = flags.get(name, "torchrun")
-            raise UserError(f"{what} needs {name}.py; put it beside generate.py")
+def with_defaults(args: Namespace) -> Namespace:
+    """The flags, those filled in whose default depends on others; UserError if some contradict."""
+    chat = args.interactive if args.chat is None else args.chat
+    draft, batch = args.draft_checkpoint_path or args.prompt_lookup, (args.batch_size or 1) > 1
+    talk, samples = args.interactive, args.num_samples > 1
+    random = not (args.prompts_file or talk or args.jsonl) and is_random_prompt(args.prompt)
+    cached = args.prefill_cache or args.prefill_cache_gb is not None
+    refuse(
+        (args.system_prompt and not chat, "--system_prompt is for chats; add --chat"),
+        (args.template_args and not chat, "--template_args is for chats; add --chat"),
+        (chat and random, f"--prompt {args.prompt} is random tokens, not a chat; drop --chat"),
+        (talk and batch, "--interactive is one conversation; leave --batch_size out"),
+        (talk and samples, "--interactive is one conversation; leave --num_samples out"),
+        (talk and args.prompt_logprobs, "--prompt_logprobs is for texts; leave --interactive out"),
+        (args.jsonl and samples, "--jsonl makes one text a request; leave --num_samples out"),
+        (draft and batch, "speculation is for one stream at a time; leave --batch_size out"),
+        (draft and args.profile, "--profile shows plain decoding; leave speculation out"),
+        (
+            args.speculate_k and not draft,
+            "--speculate_k needs --draft_checkpoint_path or --prompt_lookup; add one",
+        ),
+        (
+            cached and not args.prefill_context,
+            "--prefill_cache and --prefill_cache_gb go with --prefill_context; add it",
+        ),
+    )
+    files = {"speculate": (draft, "speculation"), "chat": (talk, "--interactive")}
+    files |= {"jsonl": (args.jsonl, "--jsonl"), "ranges": (args.profile, "--profile")}
+    files["prefill_cache"] = (args.prefill_context, "--prefill_context")
+    files["tp"] = (int(os.environ.get("WORLD_SIZE", 1)) > 1, "torchrun")
+    for name, (asked, flag) in files.items():
+        if asked and optional(name) is None:
+            raise UserError(f"{flag} needs {name}.py; put it beside generate.py")
+    rows = args.batch_size or (None if args.prompts_file and not draft else 1)
+    return replaced(args, chat=chat, batch_size=rows, speculate_k=args.speculate_k or 5)
 
 
 def start_engines(
@@ -316,8 +312,8 @@ def start_engines(
     engines = [Engine(each, args.compile, args.compile_prefill) for each in (model, draft) if each]
     if args.compile or args.compile_prefill or model.device.type == "cuda":
         for engine in engines:
-            engine.warm_up(args.batch_size, verify=args.speculating)
-    if not args.speculating:
+            engine.warm_up(args.batch_size, verify=bool(draft or args.prompt_lookup))
+    if not (draft or args.prompt_lookup):
         return engines[0], None
     size = model.args.vocab_size
     if draft:
@@ -328,10 +324,10 @@ def start_engines(
 
 
 def main(args: Namespace) -> None:
-    check_flags(args)
+    args = with_defaults(args)
     device, shard = tp.init(args.device) if tp else (find_device(args.device), None)
     if shard and shard.rank:  # rank 0 writes the files
-        args.profile = args.json = None
+        args = replaced(args, profile=None, json=None)
     path = args.checkpoint_path or (tp.in_turn(default_checkpoint) if tp else default_checkpoint())
     cache = make_cache(args)
     kernels = kernels_for("cpu")
@@ -347,7 +343,7 @@ def main(args: Namespace) -> None:
     check_settings(args, model)
     elsewhere = args.interactive or args.jsonl
     prompts = [] if elsewhere else read_prompts(args, tokenizer, model.args.vocab_size)
-    args.batch_size = args.batch_size or (len(prompts) if args.prompts_file else 1)
+    args = replaced(args, batch_size=args.batch_size or len(prompts))
     if not args.prompts_file:
         prompts *= args.batch_size
     context = read_context(args, tokenizer)

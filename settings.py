@@ -5,12 +5,11 @@ They are declared once, as flags, and both kinds of values are checked by the sa
 
 from __future__ import annotations
 
-import copy
 import json
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from typing import Any
 
-from cli import Parser, UserError, number
+from cli import Parser, UserError, number, replaced
 from model import Transformer
 
 
@@ -81,14 +80,13 @@ class Settings(Parser):
 
     def read(self, values: dict, defaults: Namespace) -> Namespace:
         """The settings of a request; where it has none, those of the command line."""
-        args, flags = copy.copy(defaults), []
+        flags = []
         for key, value in values.items():
             if key not in self.defaults:
                 raise UserError(f"there is no key {key!r}; docs/jsonl.md lists them")
-            if self.defaults[key] == []:
-                setattr(args, key, [])  # its own list, not one behind the command line's
             flags += as_flags(key, value)
-        return self.parse_args(flags, args)
+        own = {key: [] for key in values if self.defaults[key] == []}  # not the command line's list
+        return self.parse_args(flags, replaced(defaults, **own))
 
 
 def as_flags(key: str, value: Any) -> list[str]:

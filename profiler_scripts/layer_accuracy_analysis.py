@@ -38,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, read_json, replacing, run
+from cli import Parser, UserError, number, output_file, read_json, replaced, replacing, run
 from engine import load
 from eval import Evaluator, lm_eval
 from linear import Linear, linear_for
@@ -584,7 +584,7 @@ def main(args: Namespace) -> None:
         sizes = f"2 parts of {len(losses.documents['ranking'])} documents"
     variants = make_variants(model, args.groupsize)
     hybrid = built_in_hybrid([*variants.modules["int4"]])
-    args.budget = find_budget(args, variants, hybrid)
+    args = replaced(args, budget=find_budget(args, variants, hybrid))
     found = measure(variants, losses, state, state_file(args.report_file))
     layers = rank(variants, found)
     room = args.budget * variants.weights / 8
