@@ -29,10 +29,24 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that answers a wrong flag with one line instead of the whole usage."""
+    """An `ArgumentParser` that answers a wrong flag with one line instead of the whole usage.
 
-    def __init__(self, description: str | None):
-        super().__init__(description=(description or "").split("\n")[0], allow_abbrev=False)
+    Its help shows the first line of a script's docstring and the commands in it.
+    """
+
+    def __init__(self, doc: str | None):
+        first, *lines = (doc or "").split("\n")
+        commands = [line[2:] for line in lines if line.startswith(("    python ", "    torchrun "))]
+        super().__init__(
+            description=first,
+            epilog="\n".join(["examples:", *commands]) if commands else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def group(self, title: str) -> Callable[..., argparse.Action]:
+        """A named part of the help, as the method that adds a flag to it."""
+        return self.add_argument_group(title).add_argument
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
@@ -89,20 +103,23 @@ def json_object(text: str) -> dict:
     return value
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of every script that reads a checkpoint."""
-    add = parser.add_argument
+def add_checkpoint_flags(parser: Parser) -> Callable[..., argparse.Action]:
+    """Declare the flags of every script that reads a checkpoint; returns how to add to them."""
+    add = parser.group("model")
     add("--checkpoint_path", type=Path, help="a model.pth (default: SmolLM2-135M-Instruct)")
-    add(
-        "--device", help="cpu, cuda, cuda:1, mps, xpu (default: $DEVICE, else cuda if there is one)"
-    )
+    about = "cpu, cuda, cuda:1, mps, xpu (default: $DEVICE, else cuda if available)"
+    add("--device", help=about)
+    return add
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of every script that runs a model."""
-    add_checkpoint_flags(parser)
-    parser.add_argument("--precision", default="bfloat16", choices=PRECISIONS)
-    parser.add_argument("--max_seq_length", type=number(int, 2), help="positions in the KV cache")
+def add_model_flags(parser: Parser) -> Callable[..., argparse.Action]:
+    """Declare the flags of every script that runs a model; returns how to add to them."""
+    add = add_checkpoint_flags(parser)
+    about = "of activations and unquantized weights (default: bfloat16)"
+    add("--precision", default="bfloat16", choices=PRECISIONS, help=about)
+    about = "positions in the KV cache (default: what the prompts need)"
+    add("--max_seq_length", type=number(int, 2), help=about)
+    return add
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:

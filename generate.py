@@ -216,40 +216,48 @@ class Session:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add_model_flags(parser)
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group()
-    text = "a text, the length of a random prompt, or - to read standard input"
+    add = add_model_flags(parser)
+    about = "compile decoding: one block for all layers (default), or the whole step"
+    add("--compile", nargs="?", const="block", choices=["block", "whole"], help=about)
+    add("--compile_prefill", action="store_true", help="compile prefill, too")
+
+    group = parser.add_argument_group("prompt")
+    add, source = group.add_argument, group.add_mutually_exclusive_group()
+    text = "a text, a number of random tokens, or - for standard input"
     source.add_argument("--prompt", default="Hello, my name is", help=text)
     source.add_argument("--prompts_file", type=Path, help="prompts, one a line, run as a batch")
-    source.add_argument("--interactive", action="store_true", help="talk with the model")
-    text = "requests on standard input, records on standard output, a JSON object a line"
+    source.add_argument("--interactive", action="store_true", help="chat on the terminal")
+    text = "JSON requests on standard input, JSON records on standard output, one a line"
     source.add_argument("--jsonl", action="store_true", help=text)
-    add("--chat", action=BooleanOptionalAction, help="wrap prompts in the model's chat format")
-    add("--system_prompt", default="", help="what a chat begins with")
-    about = 'what the chat template is told, such as {"enable_thinking": false}'
+    about = "apply the model's chat template (default: with --interactive)"
+    add("--chat", action=BooleanOptionalAction, help=about)
+    add("--system_prompt", default="", help="the system message of a chat")
+    about = 'variables of the chat template, such as {"enable_thinking": false}'
     add("--template_args", type=json_object, default={}, metavar="JSON", help=about)
     add("--num_samples", type=number(int, 1), default=1, help="times to run each prompt")
-    text = "rows a batch (default: 1, or the whole file)"
+    text = "prompts run at once (default: 1, or the whole file)"
     add("--batch_size", type=number(int, 1, 4096), help=text)
     add_text_flags(parser)
+
+    group = parser.add_argument_group("speculation")
+    add, draft = group.add_argument, group.add_mutually_exclusive_group()
+    text = "a draft model with the same vocabulary"
+    draft.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH", help=text)
+    text = "n-gram drafting: continue the latest earlier match of the last tokens"
+    draft.add_argument("--prompt_lookup", action="store_true", help=text)
+    text = "maximum draft length (default: 5)"
+    add("--speculate_k", type=number(int, 1, FEW_ROWS - 1), metavar="K", help=text)
+
+    add = parser.group("prefill cache")
     about = "a text that every prompt continues, or @FILE; it is prefilled once"
     add("--prefill_context", type=context_text, metavar="TEXT", help=about)
     about = "keep prefilled contexts in this folder"
     add("--prefill_cache", type=Path, metavar="DIR", help=about)
-    size, about = number(float, 0, 1e6), "room in memory, and again in the folder (default: 8)"
+    size, about = number(float, 0, 1e6), "limit in memory, and again on disk (default: 8)"
     add("--prefill_cache_gb", type=size, metavar="GB", help=about)
-    draft = parser.add_mutually_exclusive_group()
-    text = "speculate with this checkpoint of the same vocabulary"
-    draft.add_argument("--draft_checkpoint_path", type=Path, help=text)
-    text = "speculate with what followed the latest earlier match of the last tokens"
-    draft.add_argument("--prompt_lookup", action="store_true", help=text)
-    text = "maximum draft length (default: 5)"
-    add("--speculate_k", type=number(int, 1, FEW_ROWS - 1), help=text)
-    add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
-    add("--compile_prefill", action="store_true", help="compile prefill, too")
-    text = "write a chrome trace of the generation"
-    add("--profile", type=output_file, metavar="FILE", help=text)
+
+    add = parser.group("measurement")
+    add("--profile", type=output_file, metavar="FILE", help="write a Chrome trace of the run")
     add("--json", type=output_file, metavar="FILE", help="write the statistics as JSON")
     add("--quiet", action="store_true", help="print no statistics")
     return parser

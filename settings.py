@@ -6,40 +6,49 @@ They are declared once, as flags, and both kinds of values are checked by the sa
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from typing import Any
 
 from cli import Parser, UserError, number, replaced
 from model import Transformer
 
 
-def add_text_flags(parser: ArgumentParser) -> None:
+def add_text_flags(parser: Parser) -> None:
     """Declare what each text may have of its own: flags of generate.py, keys of a request."""
-    add, share = parser.add_argument, number(float, 0, 1)
-    add("--max_new_tokens", type=number(int, 1), default=200)
-    text = "end no text before it has N new tokens, but by a stop text"
-    add("--min_new_tokens", type=number(int, 0), default=0, metavar="N", help=text)
-    text = "end a text where it says TEXT, which is not printed; may be given several times"
-    add("--stop", type=stop_text, action="append", default=[], metavar="TEXT", help=text)
-    text = "0: always the likeliest token"
-    add("--temperature", type=number(float, 0, 100), default=0.8, help=text)
-    add("--top_k", type=number(int, 0), default=200, help="draw from the K likeliest; 0: from all")
-    text = "nucleus sampling: the smallest set with total probability of at least P"
-    add("--top_p", type=share, default=1.0, metavar="P", help=text)
-    text = "drop tokens less than P times as likely as the likeliest"
-    add("--min_p", type=share, default=0.0, metavar="P", help=text)
-    add("--seed", type=number(int, 0, 2**62), default=1234)
-    text = "divide the scores of tokens of the prompt and the text by this (below 0: multiply)"
-    add("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help=text)
-    text = "subtract this from the scores of tokens of the text"
-    add("--presence_penalty", type=number(float, -2, 2), default=0.0, help=text)
-    text = "add VALUE to a token's score; may be given several times"
-    options = dict(type=logit_bias, action="append", default=[], metavar="ID=VALUE", help=text)
+    add, share = parser.group("length and stops"), number(float, 0, 1)
+    about = "maximum number of new tokens (default: 200)"
+    add("--max_new_tokens", type=number(int, 1), default=200, metavar="N", help=about)
+    about = "no end-of-text token before N new tokens; stop texts still end a text"
+    add("--min_new_tokens", type=number(int, 0), default=0, metavar="N", help=about)
+    about = "end before this text, which is not printed; may be given several times"
+    add("--stop", type=stop_text, action="append", default=[], metavar="TEXT", help=about)
+
+    add = parser.group("sampling")
+    about = "0: greedy (default: 0.8)"
+    add("--temperature", type=number(float, 0, 100), default=0.8, metavar="T", help=about)
+    about = "keep the K likeliest tokens; 0: all (default: 200)"
+    add("--top_k", type=number(int, 0), default=200, metavar="K", help=about)
+    about = "nucleus sampling: the smallest set with total probability of at least P (default: 1)"
+    add("--top_p", type=share, default=1.0, metavar="P", help=about)
+    about = "drop tokens less than P times as likely as the likeliest (default: 0)"
+    add("--min_p", type=share, default=0.0, metavar="P", help=about)
+    about = "seed of the first text; each text has the next (default: 1234)"
+    add("--seed", type=number(int, 0, 2**62), default=1234, metavar="N", help=about)
+    about = "divide positive logits of tokens seen so far by R, multiply negative ones (default: 1)"
+    options = dict(type=number(float, 0.01, 100), default=1.0, metavar="R", help=about)
+    add("--repetition_penalty", **options)
+    about = "subtract P from the logits of tokens generated so far (default: 0)"
+    options = dict(type=number(float, -2, 2), default=0.0, metavar="P", help=about)
+    add("--presence_penalty", **options)
+    about = "add VALUE to a token's logit; may be given several times"
+    options = dict(type=logit_bias, action="append", default=[], metavar="ID=VALUE", help=about)
     add("--logit_bias", **options)
-    text = "log probabilities of the new tokens and, beside each, of the N likeliest"
-    add("--logprobs", type=number(int, 0), metavar="N", help=text)
-    text = "log probabilities of the prompt's tokens, too"
-    add("--prompt_logprobs", action=BooleanOptionalAction, default=False, help=text)
+
+    add = parser.group("log probabilities")
+    about = "of each new token, and of the N likeliest beside it"
+    add("--logprobs", type=number(int, 0), metavar="N", help=about)
+    about = "of the prompt's tokens"
+    add("--prompt_logprobs", action=BooleanOptionalAction, default=False, help=about)
 
 
 def stop_text(value: str) -> str:

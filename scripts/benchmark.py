@@ -378,15 +378,11 @@ def several(known: dict | None = None, low: int = 0) -> Callable[[str], list]:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add_checkpoint_flags(parser)
-    add = parser.add_argument
-    add(
-        "--model",
-        choices=preset_names(),
-        help="random weights of this shape instead of a checkpoint",
-    )
+    add, about = add_checkpoint_flags(parser), "random weights of this shape, not a checkpoint"
+    add("--model", choices=preset_names(), help=about)
     add("--schemes", type=several(MARKERS), help="default: all, or a quantized file as it is")
     add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="of int4 (default: 32)")
+    add = parser.group("measurement")
     add("--prompt", type=number(int, 1), default=512, help="tokens to prefill (default: 512)")
     add("--gen", type=number(int, 1), default=128, help="tokens to decode (default: 128)")
     add("--depth", type=several(), default=[0], help="positions filled before, such as 0,2048")
@@ -397,6 +393,7 @@ def make_parser() -> Parser:
     add("--peers", type=several(PEERS), default=[], help="llama.cpp,transformers: in the same run")
     add("--threads", type=number(int, 1), help="CPU threads (default: torch's)")
     add("--no-cold", action="store_true", help="no starts in new processes, no peak memory")
+    add = parser.group("output")
     add("--json", type=output_file, metavar="FILE", help="write the figures as JSON")
     add("--markdown", type=output_file, metavar="FILE", help="write the tables here, not to stdout")
     return parser

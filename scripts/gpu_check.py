@@ -361,7 +361,7 @@ def checkout(text: str) -> Path:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add = parser.group("measurement")
     add("--budget", type=number(float, 0), default=540, help="seconds for everything (540)")
     add("--device", default="cuda", help="cuda, cuda:1; cpu with --shapes tiny tries the script")
     add("--stages", type=several(STAGES), default=[*STAGES], help=f"of {', '.join(STAGES)}")
@@ -369,6 +369,7 @@ def make_parser() -> Parser:
     shapes = ["llama-3-8b", "llama-2-7b"]
     add("--shapes", type=several(SHAPES), default=shapes, help="for speed: PRESETS or tiny")
     add("--before", type=checkout, metavar="DIR", help="a checkout whose own speed stage runs, too")
+    add = parser.group("output")
     add("--json", type=output_file, metavar="FILE", help="write all rows as JSON")
     add("--markdown", type=output_file, metavar="FILE", help="write the report here, too")
     return parser
