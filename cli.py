@@ -1,7 +1,7 @@
-"""What the scripts share: user errors, flags, and files that are written whole or not at all.
+"""What the scripts share: user errors, flags, and atomic writes of files.
 
-A user's mistake is a `UserError`: `run` prints it as one line and exits with code 2. Anything else
-that goes wrong is a bug and shows its traceback.
+A user's mistake is a `UserError`: `run` prints one line and exits with code 2. Any other exception
+is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ PRECISIONS = ("bfloat16", "float16", "float32")
 
 
 class UserError(Exception):
-    """A mistake in the input; its text is one sentence: what is wrong, where, and what to do."""
+    """A user's mistake, in one sentence: what is wrong, where, and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that answers a wrong flag with one line instead of the whole usage.
+    """An `ArgumentParser` whose errors are one line, without the usage.
 
-    Its help shows the first line of a script's docstring and the commands in it.
+    Its help shows the first line and the commands of a script's docstring.
     """
 
     def __init__(self, doc: str | None):
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def optional(name: str, *needed: str) -> Any:
-    """The module `name`; None where its file, or one of what it needs, is missing."""
+    """The module `name`, or None if its file or a package it needs is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -63,7 +63,7 @@ def optional(name: str, *needed: str) -> Any:
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: an int or a float between `low` and `high`, both included."""
+    """An argparse type: an int or a float from `low` to `high`, inclusive."""
 
     def parse(text: str):
         try:
@@ -80,7 +80,7 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
 
 def replaced(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    """A copy of parsed flags with some changed; the caller's stay as they were typed."""
+    """A copy of parsed flags with changes; the original stays as typed."""
     return argparse.Namespace(**vars(args) | changes)
 
 
@@ -104,7 +104,7 @@ def json_object(text: str) -> dict:
 
 
 def add_checkpoint_flags(parser: Parser) -> Callable[..., argparse.Action]:
-    """Declare the flags of every script that reads a checkpoint; returns how to add to them."""
+    """Declare the flags of every script that reads a checkpoint; returns the group's `add`."""
     add = parser.group("model")
     add("--checkpoint_path", type=Path, help="a model.pth (default: SmolLM2-135M-Instruct)")
     about = "cpu, cuda, cuda:1, mps, xpu (default: $DEVICE, else cuda if available)"
@@ -113,7 +113,7 @@ def add_checkpoint_flags(parser: Parser) -> Callable[..., argparse.Action]:
 
 
 def add_model_flags(parser: Parser) -> Callable[..., argparse.Action]:
-    """Declare the flags of every script that runs a model; returns how to add to them."""
+    """Declare the flags of every script that runs a model; returns the group's `add`."""
     add = add_checkpoint_flags(parser)
     about = "of activations and unquantized weights (default: bfloat16)"
     add("--precision", default="bfloat16", choices=PRECISIONS, help=about)
@@ -126,27 +126,27 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     """Run `main` on the parsed command line; exit with 2 on a `UserError`, with 130 on Ctrl-C."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = int(os.environ.get("RANK", 0)) if several else 0
-    if several:  # under torchrun a handler would wait for the others to go on
+    if several:  # under torchrun a Python handler would wait for a collective to return
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    else:  # so that temporary files are removed
+    else:  # by an exception, so that temporary files are removed
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if rank:  # only the first of several processes prints
+    if rank:  # only rank 0 prints
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdin, sys.stdout):  # a terminal may know fewer characters than a model
+    for stream in (sys.stdin, sys.stdout):  # a terminal may not encode every character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         main(parser.parse_args())
         sys.stdout.flush()
     except UserError as error:
-        if rank:  # if it is everybody's, rank 0 says it and torchrun ends this process meanwhile
+        if rank:  # usually all ranks fail alike: rank 0 prints, torchrun ends this one meanwhile
             time.sleep(5)
             sys.stderr = sys.__stderr__
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         if rank:  # a bug shows its traceback, on whichever rank it is
@@ -155,7 +155,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object; `UserError` if the file cannot be read or is something else."""
+    """Read a JSON object; `UserError` if the file holds none or cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -166,7 +166,7 @@ def read_json(path: Path) -> dict:
 
 
 def own_output(path: Path) -> int | None:
-    """The descriptor of standard output or error if `path` is that file, as /dev/stdout is."""
+    """The descriptor of standard output or error if `path` names it, such as /dev/stdout."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
@@ -175,13 +175,13 @@ def own_output(path: Path) -> int | None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether to write into what is there: a device, a pipe, or this program's own output."""
+    """Whether to write into `path` as it is: a device, a pipe, or this program's own output."""
     special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     return special or own_output(path) is not None
 
 
 def output_file(text: str) -> Path:
-    """An argparse type: a path that can be written, known before hours of work are spent."""
+    """An argparse type: a writable path, checked before hours of work are spent."""
     if is_stream(Path(text)):  # not resolved: /dev/stdout leads to a name that cannot be opened
         path = Path(text)
         writable = os.access(path, os.W_OK)
@@ -198,10 +198,10 @@ def output_file(text: str) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name for what is to be at `path`; it gets there if the block succeeds.
+    """Yield a temporary name; what the block writes there ends up at `path` if it succeeds.
 
-    A regular file is replaced by a rename, so it is whole or not there at all. A device or a pipe
-    stays what it is and is sent the bytes: the block may itself rename what it writes.
+    A regular file is replaced atomically, by a rename. A device or a pipe gets the bytes copied, as
+    the block may itself rename what it writes.
     """
     try:
         with (sending if is_stream(path) else renaming)(path) as temporary:
@@ -212,7 +212,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def renaming(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`, renamed onto it afterwards; of a link, onto where it leads."""
+    """Yield a name beside `path`, renamed to it afterwards; a link is followed."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     missing = [folder for folder in path.parents if not folder.exists()]
@@ -224,18 +224,18 @@ def renaming(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         with contextlib.suppress(OSError):
-            for folder in missing:  # none that something is in
+            for folder in missing:  # those still empty
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def sending(path: Path) -> Iterator[Path]:
-    """Yield a name in a folder of its own, whose bytes are written into `path` afterwards."""
+    """Yield a name in a temporary folder, whose bytes are copied to `path` afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder, path.name)
         yield temporary
         sys.stdout.flush()
-        own = own_output(path)  # goes on where the text ends, even in a regular file
+        own = own_output(path)  # continue after the text, even in a regular file
         target = path if own is None else os.dup(own)
         with temporary.open("rb") as source, open(target, "wb") as sink:
             shutil.copyfileobj(source, sink)

@@ -1,6 +1,6 @@
-"""What each text may have of its own: flags of generate.py, and keys of a request to jsonl.py.
+"""Settings of a single text: flags of generate.py, and keys of a request to jsonl.py.
 
-They are declared once, as flags, and both kinds of values are checked by the same parser.
+They are declared once, as flags; requests are checked by the same parser.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from model import Transformer
 
 
 def add_text_flags(parser: Parser) -> None:
-    """Declare what each text may have of its own: flags of generate.py, keys of a request."""
+    """Declare the settings of a text: flags of generate.py, and keys of a request."""
     add, share = parser.group("length and stops"), number(float, 0, 1)
     about = "maximum number of new tokens (default: 200)"
     add("--max_new_tokens", type=number(int, 1), default=200, metavar="N", help=about)
@@ -54,12 +54,12 @@ def add_text_flags(parser: Parser) -> None:
 def stop_text(value: str) -> str:
     """An argparse type: a text that is not empty."""
     if not value:
-        raise ArgumentTypeError("an empty text stands everywhere; give a character at least")
+        raise ArgumentTypeError("an empty text would stop at once; give at least one character")
     return value
 
 
 def logit_bias(value: str) -> tuple[int, float]:
-    """An argparse type: a token id and what its logit is raised by."""
+    """An argparse type: a token id and its bias."""
     token, equals, bias = value.partition("=")
     if not equals:
         raise ArgumentTypeError(f"{value!r} is not ID=VALUE, such as 198=-100")
@@ -71,9 +71,9 @@ def check_settings(args: Namespace, model: Transformer) -> None:
     size = model.args.vocab_size
     for token, _ in args.logit_bias:
         if token >= size:
-            raise UserError(f"logit_bias names the token {token}; the model has 0 to {size - 1}")
+            raise UserError(f"logit_bias names token {token}; the model's are 0 to {size - 1}")
     if (args.logprobs or 0) > size:
-        raise UserError(f"logprobs is {args.logprobs}, and the model has only {size} tokens")
+        raise UserError(f"logprobs is {args.logprobs}, but the model has only {size} tokens")
 
 
 class Settings(Parser):
@@ -88,7 +88,7 @@ class Settings(Parser):
         raise UserError(message.removeprefix("argument --"))
 
     def read(self, values: dict, defaults: Namespace) -> Namespace:
-        """The settings of a request; where it has none, those of the command line."""
+        """The settings of a request; the command line's are the defaults."""
         flags = []
         for key, value in values.items():
             if key not in self.defaults:
@@ -99,7 +99,7 @@ class Settings(Parser):
 
 
 def as_flags(key: str, value: Any) -> list[str]:
-    """A JSON value as flags: numbers, and where a flag may come several times, a list or object."""
+    """A JSON value as flags: a number, or a list or object where a flag may be repeated."""
     match key, value:
         case _, None:
             return []
@@ -110,5 +110,5 @@ def as_flags(key: str, value: Any) -> list[str]:
         case "logit_bias", dict():
             return [f"--{key}={token}={bias}" for token, bias in value.items()]
         case ("prompt_logprobs" | "stop" | "logit_bias", _) | (_, bool() | str() | list() | dict()):
-            raise UserError(f"{key}: {json.dumps(value)} is of another type than it should be")
+            raise UserError(f"{key}: {json.dumps(value)} has the wrong type; see docs/jsonl.md")
     return [f"--{key}={value}"]
