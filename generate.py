@@ -1,4 +1,4 @@
-"""Generates text from a prepared checkpoint: prompts, batches of prompts, or a conversation.
+"""Generates text from a prepared checkpoint: prompts, batches, chats, or requests as JSON.
 
     python generate.py --prompt "Hello, my name is"
 
@@ -63,7 +63,7 @@ def on_rank0(make):
 
 
 # ------------------------------------------------------------------------------------------------
-# Prompts in, text and figures out
+# Prompts in, text and statistics out
 
 
 def is_random_prompt(prompt: str) -> bool:
@@ -72,7 +72,7 @@ def is_random_prompt(prompt: str) -> bool:
 
 
 def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
-    """The prompts that the flags ask for, as token ids."""
+    """The prompts of the command line, as token ids."""
     if args.prompts_file:
         try:
             text = on_rank0(lambda: args.prompts_file.read_text(encoding="utf-8-sig"))
@@ -97,32 +97,32 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
 
 
 def note(args: Namespace, figures: str) -> None:
-    """Print statistics: dim on a terminal, and not at all with --quiet."""
+    """Print statistics, dimmed on a terminal; nothing with --quiet."""
     if not args.quiet:
         text = f"[{figures}]"
         print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 class Session:
-    """One run of the command line: what runs the model, its tokenizer, and the flags."""
+    """One run of the command line: engine, speculator, tokenizer and flags."""
 
     def __init__(self, engine: Engine, speculator: Any, tokenizer: Tokenizer, args: Namespace):
         self.engine, self.speculator = engine, speculator
         self.tokenizer, self.args = tokenizer, args
         self.records: list[dict] = []  # the statistics of each run
-        self.texts = 0  # made so far: each has a seed of its own
+        self.texts = 0  # generated so far: each takes the next seed
 
     @property
     def decode(self) -> Callable[..., Iterator]:
-        """`engine.generate` or `speculate.speculate`, of what runs the model."""
+        """`engine.generate` or `speculate.speculate`, bound to what runs the model."""
         if self.speculator:
             return functools.partial(speculation.speculate, self.speculator)
         return functools.partial(generate, self.engine)
 
     def generate_and_print(self, prompts: list[list[int]], start: int = 0) -> list[Reply]:
-        """Generate for each prompt; a batch of one is printed as it is made."""
+        """Generate a text for each prompt; a batch of one is streamed."""
         args, tokenizer, model = self.args, self.tokenizer, self.engine.model
-        padding = [[]] * (args.batch_size - len(prompts))  # another size would compile anew
+        padding = [[]] * (args.batch_size - len(prompts))  # another batch size would recompile
         seeds = itertools.count(args.seed + self.texts)
         pairs = zip(prompts + padding, seeds, strict=False)
         replies = [Reply(tokenizer, model, prompt, args, seed) for prompt, seed in pairs]
@@ -154,16 +154,13 @@ class Session:
         return replies
 
     def print_logprobs(self, row: int) -> None:
-        """Print what is known of the tokens of one row of the last run, a token a line."""
+        """Print the log probabilities of one row of the last run, a token a line."""
         for name in ("prompt_logprobs", "logprobs"):
             if name in self.records[-1]:
                 print(f"{name}:\n{table(self.records[-1][name][row])}", file=sys.stderr)
 
     def measure(self, replies: list[Reply], times: list[float]) -> dict:
-        """Print and return the statistics of a run.
-
-        `times`, in seconds, are those of the start and of the end of each step.
-        """
+        """Print and return a run's statistics; `times` [s]: its start, and the end of each step."""
         model, steps = self.engine.model, len(times) - 2  # decoding steps: all but the prefill's
         record: dict = {"prompt_tokens": [len(reply.prompt) for reply in replies]}
         record["new_tokens"] = [len(reply.tokens) for reply in replies]
@@ -316,7 +313,7 @@ def with_defaults(args: Namespace) -> Namespace:
 def start_engines(
     model: Transformer, draft: Transformer | None, args: Namespace
 ) -> tuple[Engine, Any]:
-    """What runs the model, and the Speculator if the flags ask for one, warmed up."""
+    """The model's Engine, and a Speculator if there is a draft; both warmed up."""
     engines = [Engine(each, args.compile, args.compile_prefill) for each in (model, draft) if each]
     if args.compile or args.compile_prefill or model.device.type == "cuda":
         for engine in engines:
@@ -392,7 +389,7 @@ def main(args: Namespace) -> None:
 
 
 def run_session(session: Session, prompts: list[list[int]]) -> None:
-    """Talk, or complete the prompts; with --profile write a trace of that."""
+    """Chat, serve requests or complete the prompts; with --profile, write a trace."""
     args = session.args
     with contextlib.ExitStack() as stack:
         if args.profile:
@@ -414,7 +411,7 @@ def run_session(session: Session, prompts: list[list[int]]) -> None:
 
 
 def make_cache(args: Namespace) -> Any:
-    """The prefill cache that the flags ask for, if they do."""
+    """The prefill cache, if there is a context."""
     if not args.prefill_context:
         return None
     gigabytes = 8 if args.prefill_cache_gb is None else args.prefill_cache_gb
@@ -422,19 +419,19 @@ def make_cache(args: Namespace) -> Any:
 
 
 def prefill_context(args: Namespace, cache: Any, context: list[int], engines: list[Engine]) -> dict:
-    """Give the engines a cache that holds the context, if there is one; the statistics of that."""
+    """Prefill the context into a cache that the engines share; returns statistics."""
     if cache is None:
         return {}
     began, done = time.perf_counter(), 0
     for engine in engines:
-        cache.fingerprint(engine.model)  # so that no file of another engine's is taken for stale
+        cache.fingerprint(engine.model)  # so that its files do not count as stale
     for engine in engines:
         room = context[: engine.model.max_seq_length]
         done += cache.prefill_context(room, engine.model, Engine(engine.model).prefill)
     for engine in engines:
         engine.cache = cache
-    marks = [cache.fingerprint(engine.model) for engine in engines]
-    if len(engines) > 1 and not all(any(e.startswith(m) for e in cache.entries) for m in marks):
+    ids = [cache.fingerprint(engine.model) for engine in engines]
+    if len(engines) > 1 and not all(any(e.startswith(i) for e in cache.entries) for i in ids):
         sizes = "the contexts of model and draft do not fit --prefill_cache_gb together"
         print(f"warning: {sizes}; raise it, or one is prefilled every time", file=sys.stderr)
     figures = {"context_tokens": len(context), "context_prefilled_tokens": done}
@@ -445,7 +442,7 @@ def prefill_context(args: Namespace, cache: Any, context: list[int], engines: li
 
 
 def report(args: Namespace, records: list[dict], **totals) -> None:
-    """Print what the whole run took and, with --json, write all figures to a file."""
+    """Print the totals and, with --json, write all statistics to a file."""
     if torch.device(totals["device"]).type == "cuda":
         peak = torch.cuda.max_memory_allocated(totals["device"])
     else:
