@@ -37,12 +37,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str | None):
         first, *lines = (doc or "").split("\n")
         commands = [line[2:] for line in lines if line.startswith(("    python ", "    torchrun "))]
-        super().__init__(
-            description=first,
-            epilog="\n".join(["examples:", *commands]) if commands else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        epilog = "\n".join(["examples:", *commands]) if commands else None
+        options = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=first, epilog=epilog, **options)
 
     def group(self, title: str) -> Callable[..., argparse.Action]:
         """A named part of the help, as the method that adds a flag to it."""
