@@ -1,4 +1,4 @@
-"""A conversation on the terminal: what the user types, commands, and what the KV cache keeps."""
+"""A conversation on the terminal: line editing, commands, and reuse of the KV cache."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from cli import UserError
+from cli import UserError, replaced
 from prompts import check_prompt, initial_messages, tokenize, user_message
 
-HELP = """/retry          answers your last message again
-/system TEXT    sets the system prompt from here on; without TEXT, there is none
-/reset          forgets the conversation
-/quit, Ctrl-D   ends it
-Ctrl-C          stops an answer
+HELP = """/retry          answer the last message again
+/system TEXT    set the system prompt, or remove it if TEXT is empty
+/reset          start a new conversation
+/quit, Ctrl-D   quit
+Ctrl-C          stop an answer
 A line that begins with a space is never a command."""
 COMMAND = re.compile(r"/(\w*)(?:\s+(.*))?", re.DOTALL)
-TTY_LINE = 4095  # bytes: Linux drops what is longer on a line that the terminal itself edits
-NEARLY_FULL = 0.8  # of the cache's positions: from here on a turn says how many are in use
+TTY_LINE = 4095  # bytes: without readline, Linux drops the rest of a longer line
+NEARLY_FULL = 0.8  # of the cache: from here on each turn reports its use
 
 
 def edits_lines() -> bool:
-    """Whether `input` has the keys of a shell and no limit on a line: that takes `readline`.
+    """Whether `input` has line editing and unlimited lines, by `readline`.
 
-    GNU's then takes a paste of several lines as one; editline, which macOS may have, does not.
+    GNU's takes a paste of several lines as one line; editline, on macOS, does not.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
@@ -38,7 +38,7 @@ def edits_lines() -> bool:
 
 
 def read_line() -> str:
-    """What the user types next: /quit at the end of the input, nothing after Ctrl-C."""
+    """The next line that the user types; /quit at the end of input, "" after Ctrl-C."""
     whole = edits_lines() or not sys.stdin.isatty()
     try:
         text = input("> ")
@@ -48,8 +48,8 @@ def read_line() -> str:
         print()
         return ""
     if not whole and len(text.encode(errors="replace")) >= TTY_LINE:
-        cut = f"the terminal may have cut this line at {TTY_LINE} bytes, so it was not used"
-        print(f"{cut}; pipe the text in, or leave standard output alone", file=sys.stderr)
+        cut = f"the terminal may have cut this line at {TTY_LINE} bytes, so it is ignored"
+        print(f"{cut}; pipe the text in, or do not redirect standard output", file=sys.stderr)
         return ""
     return text.rstrip()
 
@@ -59,7 +59,7 @@ def say(text: str) -> None:
 
 
 class Conversation:
-    """The messages so far, and the tokens whose keys and values the cache holds.
+    """The messages so far, and the tokens that the KV cache holds.
 
     `session` is generate.py's: it has an engine, a tokenizer and the flags, and prints answers.
     """
@@ -72,7 +72,7 @@ class Conversation:
         self.messages, self.cached = initial_messages(self.args), []
 
     def answer(self, messages: list[dict]) -> None:
-        """Print the answer to the last of the messages; only what the cache lacks is prefilled."""
+        """Print the answer to the last message; only tokens that the cache lacks are prefilled."""
         session, model = self.session, self.session.engine.model
         try:
             prompt = tokenize(session.tokenizer, messages, self.args.chat)
@@ -87,26 +87,26 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": reply.text}]
         used, size = len(prompt) + len(reply.ids), model.max_seq_length
         if used > NEARLY_FULL * size:
-            say(f"[context: {min(used, size)} of {size} positions are in use; /reset empties it]")
+            say(f"[context: {min(used, size)} of {size} positions in use; /reset clears it]")
 
     def retry(self) -> None:
         """Answer the last message again, with the next seed."""
         if self.messages[-1:] and self.messages[-1]["role"] == "assistant":
             self.answer(self.messages[:-1])
         else:
-            say("there is no answer yet to try again")
+            say("there is no answer yet to retry")
 
     def set_system(self, text: str) -> None:
-        """Put another system prompt before the messages so far."""
+        """Replace the system prompt of the conversation."""
         if not self.args.chat:
             return say("plain text has no system prompt; leave --no-chat out")
-        self.args.system_prompt = text
+        self.args = replaced(self.args, system_prompt=text)
         said = [message for message in self.messages if message["role"] != "system"]
         self.messages = initial_messages(self.args) + said
         say("the system prompt is set" if text else "there is no system prompt now")
 
     def command(self, name: str, text: str) -> None:
-        """Do what a command says."""
+        """Run a command."""
         if name == "reset":
             self.reset()
         elif name == "retry":
@@ -120,7 +120,7 @@ class Conversation:
 
 
 def converse(session: Any, agree: Callable[[Callable[[], str]], str]) -> None:
-    """Talk until /quit or the end of the input; `agree` gives all ranks what the first one read."""
+    """Chat until /quit or the end of input; `agree` broadcasts what rank 0 reads."""
     conversation = Conversation(session)
     say("/help lists the commands, Ctrl-C stops an answer")
     while True:

@@ -1,9 +1,8 @@
-"""Chat templates, rendered in a process of their own.
+"""Chat templates, rendered in a separate process.
 
-A template is a program in Jinja that comes with the checkpoint, so anybody may have written it.
-Jinja's sandbox keeps it away from Python, but a template can take all memory or all time in more
-ways than a list could forbid. The operating system limits both, for a process. So this file is also
-a script: it reads requests, one JSON line each, and answers each with one line.
+A template is a Jinja program that comes with the checkpoint: untrusted code. Jinja's sandbox keeps
+it away from Python but bounds neither memory nor time; the operating system does, for a process. So
+this file is also a script: it reads a request, one line of JSON, and answers with one line.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import sys
 import time
 
 CPU_SECONDS = 2
-MEMORY = 2**30  # address space of the process; macOS does not enforce it
-MAX_CHARS = 2**23  # of a prompt: more than a context of a million tokens
+MEMORY = 2**30  # bytes of address space; macOS does not enforce the limit
+MAX_CHARS = 2**23  # of a prompt: a context of a million tokens fits
 TOO_MUCH = f"it needs more than {CPU_SECONDS} seconds or {MEMORY >> 20} MB"
 
-# The chat formats of Llama 3 and Llama 2, for checkpoints that come without a template.
+# The chat formats of Llama 3 and Llama 2, for checkpoints without a template.
 LLAMA3_CHAT = r"""<|begin_of_text|>{% for message in messages + [{"role": "assistant"}] %}
 {{- "<|start_header_id|>" ~ message.role ~ "<|end_header_id|>\n\n" }}
 {{- message.content | trim ~ "<|eot_id|>" if not loop.last }}{% endfor %}"""
@@ -30,18 +29,18 @@ LLAMA2_CHAT = r"""{% set system = messages[0].content if messages[0].role == "sy
 {%- set lead = "<<SYS>>\n" ~ system ~ "\n<</SYS>>\n\n" if system and loop.first %}
 {{- "<s>[INST] " ~ (lead ~ message.content) | trim ~ " [/INST]" if message.role == "user"
     else " " ~ message.content | trim ~ " </s>" }}{% endfor %}"""
-BUILT_IN = {"<|start_header_id|>": LLAMA3_CHAT, "</s>": LLAMA2_CHAT}  # by a token of theirs
+BUILT_IN = {"<|start_header_id|>": LLAMA3_CHAT, "</s>": LLAMA2_CHAT}  # by a token they use
 
 
 class Renderer:
-    """Renders templates; the process starts with the first one and ends with this object."""
+    """Renders templates in a process that starts with the first one and is then reused."""
 
     def __init__(self):
         self.process = None
 
     def render(self, template: str, variables: dict) -> str:
-        """The text of a template; `ValueError` says how it failed."""
-        # A process stays only once it has answered: an interrupted one still holds its answer.
+        """The rendered text; `ValueError` says why it failed."""
+        # Reuse a process only once it has answered: an interrupted one would answer late.
         process, self.process = self.process or start(), None
         try:
             process.stdin.write(json.dumps([template, variables]) + "\n")
@@ -61,7 +60,7 @@ class Renderer:
 
 
 def start() -> subprocess.Popen:
-    """Start this file as a script, out of the reach of the terminal's Ctrl-C."""
+    """Start this file as a script, in a session that Ctrl-C does not reach."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, __file__], **pipes, start_new_session=True)
 
@@ -71,7 +70,7 @@ def start() -> subprocess.Popen:
 
 @functools.cache
 def compiled(source: str):
-    """A template, in Jinja as Hugging Face's library sets it up for chats."""
+    """A template, compiled in the Jinja environment of Hugging Face's transformers."""
     import jinja2.sandbox
 
     def fail(message: str):
@@ -86,7 +85,7 @@ def compiled(source: str):
 
 
 def limit(kind: int, value: int) -> None:
-    """Lower a soft limit of this process, or raise it up to the hard one."""
+    """Set a soft resource limit of this process, at most to the hard one."""
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     with contextlib.suppress(ValueError, OSError):  # a system without this limit
@@ -94,7 +93,7 @@ def limit(kind: int, value: int) -> None:
 
 
 def answer(template: str, variables: dict) -> tuple[str, str]:
-    """The text of a template and "", or "" and what went wrong."""
+    """The rendered text and "", or "" and the error."""
     try:
         text = compiled(template).render(**variables)
         if len(text) > MAX_CHARS:
@@ -107,7 +106,7 @@ def answer(template: str, variables: dict) -> tuple[str, str]:
 
 
 def serve() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the end of input."""
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_AS, MEMORY)
     for line in sys.stdin:

@@ -1,7 +1,7 @@
-"""What the scripts share: user errors, flags, and files that are written whole or not at all.
+"""What the scripts share: user errors, flags, and atomic writes of files.
 
-A user's mistake is a `UserError`: `run` prints it as one line and exits with code 2. Anything else
-that goes wrong is a bug and shows its traceback.
+A user's mistake is a `UserError`: `run` prints one line and exits with code 2. Any other exception
+is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -25,21 +25,32 @@ PRECISIONS = ("bfloat16", "float16", "float32")
 
 
 class UserError(Exception):
-    """A mistake in the input; its text is one sentence: what is wrong, where, and what to do."""
+    """A user's mistake, in one sentence: what is wrong, where, and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that answers a wrong flag with one line instead of the whole usage."""
+    """An `ArgumentParser` whose errors are one line, without the usage.
 
-    def __init__(self, description: str | None):
-        super().__init__(description=(description or "").split("\n")[0], allow_abbrev=False)
+    Its help shows the first line and the commands of a script's docstring.
+    """
+
+    def __init__(self, doc: str | None):
+        first, *lines = (doc or "").split("\n")
+        commands = [line[2:] for line in lines if line.startswith(("    python ", "    torchrun "))]
+        epilog = "\n".join(["examples:", *commands]) if commands else None
+        options = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=first, epilog=epilog, **options)
+
+    def group(self, title: str) -> Callable[..., argparse.Action]:
+        """A named part of the help, as the method that adds a flag to it."""
+        return self.add_argument_group(title).add_argument
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
 
 
 def optional(name: str, *needed: str) -> Any:
-    """The module `name`; None where its file, or one of what it needs, is missing."""
+    """The module `name`, or None if its file or a package it needs is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -49,7 +60,7 @@ def optional(name: str, *needed: str) -> Any:
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: an int or a float between `low` and `high`, both included."""
+    """An argparse type: an int or a float from `low` to `high`, inclusive."""
 
     def parse(text: str):
         try:
@@ -65,6 +76,18 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     return parse
 
 
+def replaced(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """A copy of parsed flags with changes; the original stays as typed."""
+    return argparse.Namespace(**vars(args) | changes)
+
+
+def refuse(*contradictions: tuple[Any, str]) -> None:
+    """Raise a `UserError` for the first row of a table that holds: `(condition, sentence)`."""
+    for holds, sentence in contradictions:
+        if holds:
+            raise UserError(sentence)
+
+
 def json_object(text: str) -> dict:
     """An argparse type: a JSON object."""
     try:
@@ -77,47 +100,50 @@ def json_object(text: str) -> dict:
     return value
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of every script that reads a checkpoint."""
-    add = parser.add_argument
+def add_checkpoint_flags(parser: Parser) -> Callable[..., argparse.Action]:
+    """Declare the flags of every script that reads a checkpoint; returns the group's `add`."""
+    add = parser.group("model")
     add("--checkpoint_path", type=Path, help="a model.pth (default: SmolLM2-135M-Instruct)")
-    add(
-        "--device", help="cpu, cuda, cuda:1, mps, xpu (default: $DEVICE, else cuda if there is one)"
-    )
+    about = "cpu, cuda, cuda:1, mps, xpu (default: $DEVICE, else cuda if available)"
+    add("--device", help=about)
+    return add
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of every script that runs a model."""
-    add_checkpoint_flags(parser)
-    parser.add_argument("--precision", default="bfloat16", choices=PRECISIONS)
-    parser.add_argument("--max_seq_length", type=number(int, 2), help="positions in the KV cache")
+def add_model_flags(parser: Parser) -> Callable[..., argparse.Action]:
+    """Declare the flags of every script that runs a model; returns the group's `add`."""
+    add = add_checkpoint_flags(parser)
+    about = "of activations and unquantized weights (default: bfloat16)"
+    add("--precision", default="bfloat16", choices=PRECISIONS, help=about)
+    about = "positions in the KV cache (default: what the prompts need)"
+    add("--max_seq_length", type=number(int, 2), help=about)
+    return add
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Run `main` on the parsed command line; exit with 2 on a `UserError`, with 130 on Ctrl-C."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = int(os.environ.get("RANK", 0)) if several else 0
-    if several:  # under torchrun a handler would wait for the others to go on
+    if several:  # under torchrun a Python handler would wait for a collective to return
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    else:  # so that temporary files are removed
+    else:  # by an exception, so that temporary files are removed
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if rank:  # only the first of several processes prints
+    if rank:  # only rank 0 prints
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdin, sys.stdout):  # a terminal may know fewer characters than a model
+    for stream in (sys.stdin, sys.stdout):  # a terminal may not encode every character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         main(parser.parse_args())
         sys.stdout.flush()
     except UserError as error:
-        if rank:  # if it is everybody's, rank 0 says it and torchrun ends this process meanwhile
+        if rank:  # usually all ranks fail alike: rank 0 prints, torchrun ends this one meanwhile
             time.sleep(5)
             sys.stderr = sys.__stderr__
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         if rank:  # a bug shows its traceback, on whichever rank it is
@@ -126,7 +152,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object; `UserError` if the file cannot be read or is something else."""
+    """Read a JSON object; `UserError` if the file holds none or cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -137,7 +163,7 @@ def read_json(path: Path) -> dict:
 
 
 def own_output(path: Path) -> int | None:
-    """The descriptor of standard output or error if `path` is that file, as /dev/stdout is."""
+    """The descriptor of standard output or error if `path` names it, such as /dev/stdout."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
@@ -146,13 +172,13 @@ def own_output(path: Path) -> int | None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether to write into what is there: a device, a pipe, or this program's own output."""
+    """Whether to write into `path` as it is: a device, a pipe, or this program's own output."""
     special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     return special or own_output(path) is not None
 
 
 def output_file(text: str) -> Path:
-    """An argparse type: a path that can be written, known before hours of work are spent."""
+    """An argparse type: a writable path, checked before hours of work are spent."""
     if is_stream(Path(text)):  # not resolved: /dev/stdout leads to a name that cannot be opened
         path = Path(text)
         writable = os.access(path, os.W_OK)
@@ -169,10 +195,10 @@ def output_file(text: str) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name for what is to be at `path`; it gets there if the block succeeds.
+    """Yield a temporary name; what the block writes there ends up at `path` if it succeeds.
 
-    A regular file is replaced by a rename, so it is whole or not there at all. A device or a pipe
-    stays what it is and is sent the bytes: the block may itself rename what it writes.
+    A regular file is replaced atomically, by a rename. A device or a pipe gets the bytes copied, as
+    the block may itself rename what it writes.
     """
     try:
         with (sending if is_stream(path) else renaming)(path) as temporary:
@@ -183,7 +209,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def renaming(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`, renamed onto it afterwards; of a link, onto where it leads."""
+    """Yield a name beside `path`, renamed to it afterwards; a link is followed."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     missing = [folder for folder in path.parents if not folder.exists()]
@@ -195,18 +221,18 @@ def renaming(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         with contextlib.suppress(OSError):
-            for folder in missing:  # none that something is in
+            for folder in missing:  # those still empty
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def sending(path: Path) -> Iterator[Path]:
-    """Yield a name in a folder of its own, whose bytes are written into `path` afterwards."""
+    """Yield a name in a temporary folder, whose bytes are copied to `path` afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder, path.name)
         yield temporary
         sys.stdout.flush()
-        own = own_output(path)  # goes on where the text ends, even in a regular file
+        own = own_output(path)  # continue after the text, even in a regular file
         target = path if own is None else os.dup(own)
         with temporary.open("rb") as source, open(target, "wb") as sink:
             shutil.copyfileobj(source, sink)

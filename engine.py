@@ -175,6 +175,7 @@ class Engine:
         fused = kernels.fuse(model) if kernels else None
         self.fused: Step | None = fused and (lambda *inputs: Output(*fused(*inputs)))
         self.decode_step: Step = self.fused or model
+        self.sample = sample
         on_gpu = model.device.type == "cuda"
         self.prefill_step: Step = model if on_gpu else self.decode_step
         if compile == "block" and not self.fused:
@@ -310,7 +311,7 @@ def generate(
         shaped = logits.to(torch.float32, copy=True) if shape_logits else logits
         for row in itertools.compress(rows, alive) if shape_logits else ():
             shaped[row] = shape_logits(row, texts[row], logits[row].clone())
-        ids = sample(shaped, samplings, generators)  # [B]
+        ids = engine.sample(shaped, samplings, generators)  # [B]
         read = send_tokens(ids, logits, logprobs)
         roomy = [alive[row] and len(texts[row]) < model.max_seq_length for row in rows]
         if ahead and left and any(roomy):  # of no use only if `until` ends all rows now

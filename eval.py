@@ -372,14 +372,21 @@ def against(evaluator: Evaluator, path: Path, args: Namespace, shard: tp.Shard |
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add_model_flags(parser)
-    add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
+    add_model_flags(parser)(
+        "--compile", action="store_true", help="compile one transformer block for all layers"
+    )
+    group = parser.add_argument_group("measurement")
+    add, what = group.add_argument, group.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval tasks, such as arc_*")
     what.add_argument("--perplexity", type=Path, metavar="FILE", help="perplexity of a text")
+    add("--stride", type=number(int, 1), help="of --perplexity (default: half of the window)")
+    add("--batch_size", type=number(int, 1), default=8, help="contexts run at once (default: 8)")
+    add("--output_path", type=output_file, metavar="FILE", help="write the results as JSON")
+    add = parser.group("tasks")
     add("--limit", type=number(int, 1), help="documents of each task (default: all)")
     add("--num_fewshot", type=number(int, 0), help="examples before each document")
     add("--include_path", type=Path, metavar="DIR", help="a folder with task definitions")
+    add = parser.group("comparison")
     add(
         "--against",
         type=Path,
@@ -392,10 +399,6 @@ def make_parser() -> Parser:
     add("--max_kl", type=number(float, 0), help="exit with 1 if the KL divergence is over this")
     add("--prompt", help="what both continue greedily (default: the start of the text)")
     add("--max_new_tokens", type=number(int, 1), default=64, help="of --against (default: 64)")
-    add("--stride", type=number(int, 1), help="of --perplexity (default: half of the window)")
-    add("--batch_size", type=number(int, 1), default=8, help="contexts run at once (default: 8)")
-    add("--compile", action="store_true", help="compile one transformer block for all layers")
-    add("--output_path", type=output_file, metavar="FILE", help="write the results as JSON")
     return parser
 
 

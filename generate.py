@@ -1,4 +1,4 @@
-"""Generates text from a prepared checkpoint: prompts, batches of prompts, or a conversation.
+"""Generates text from a prepared checkpoint: prompts, batches, chats, or requests as JSON.
 
     python generate.py --prompt "Hello, my name is"
 
@@ -34,6 +34,8 @@ from cli import (
     number,
     optional,
     output_file,
+    refuse,
+    replaced,
     replacing,
     run,
 )
@@ -61,7 +63,7 @@ def on_rank0(make):
 
 
 # ------------------------------------------------------------------------------------------------
-# Prompts in, text and figures out
+# Prompts in, text and statistics out
 
 
 def is_random_prompt(prompt: str) -> bool:
@@ -70,7 +72,7 @@ def is_random_prompt(prompt: str) -> bool:
 
 
 def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
-    """The prompts that the flags ask for, as token ids."""
+    """The prompts of the command line, as token ids."""
     if args.prompts_file:
         try:
             text = on_rank0(lambda: args.prompts_file.read_text(encoding="utf-8-sig"))
@@ -95,32 +97,32 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
 
 
 def note(args: Namespace, figures: str) -> None:
-    """Print statistics: dim on a terminal, and not at all with --quiet."""
+    """Print statistics, dimmed on a terminal; nothing with --quiet."""
     if not args.quiet:
         text = f"[{figures}]"
         print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 class Session:
-    """One run of the command line: what runs the model, its tokenizer, and the flags."""
+    """One run of the command line: engine, speculator, tokenizer and flags."""
 
     def __init__(self, engine: Engine, speculator: Any, tokenizer: Tokenizer, args: Namespace):
         self.engine, self.speculator = engine, speculator
         self.tokenizer, self.args = tokenizer, args
         self.records: list[dict] = []  # the statistics of each run
-        self.texts = 0  # made so far: each has a seed of its own
+        self.texts = 0  # generated so far: each takes the next seed
 
     @property
     def decode(self) -> Callable[..., Iterator]:
-        """`engine.generate` or `speculate.speculate`, of what runs the model."""
+        """`engine.generate` or `speculate.speculate`, bound to what runs the model."""
         if self.speculator:
             return functools.partial(speculation.speculate, self.speculator)
         return functools.partial(generate, self.engine)
 
     def generate_and_print(self, prompts: list[list[int]], start: int = 0) -> list[Reply]:
-        """Generate for each prompt; a batch of one is printed as it is made."""
+        """Generate a text for each prompt; a batch of one is streamed."""
         args, tokenizer, model = self.args, self.tokenizer, self.engine.model
-        padding = [[]] * (args.batch_size - len(prompts))  # another size would compile anew
+        padding = [[]] * (args.batch_size - len(prompts))  # another batch size would recompile
         seeds = itertools.count(args.seed + self.texts)
         pairs = zip(prompts + padding, seeds, strict=False)
         replies = [Reply(tokenizer, model, prompt, args, seed) for prompt, seed in pairs]
@@ -152,16 +154,13 @@ class Session:
         return replies
 
     def print_logprobs(self, row: int) -> None:
-        """Print what is known of the tokens of one row of the last run, a token a line."""
+        """Print the log probabilities of one row of the last run, a token a line."""
         for name in ("prompt_logprobs", "logprobs"):
             if name in self.records[-1]:
                 print(f"{name}:\n{table(self.records[-1][name][row])}", file=sys.stderr)
 
     def measure(self, replies: list[Reply], times: list[float]) -> dict:
-        """Print and return the statistics of a run.
-
-        `times`, in seconds, are those of the start and of the end of each step.
-        """
+        """Print and return a run's statistics; `times` [s]: its start, and the end of each step."""
         model, steps = self.engine.model, len(times) - 2  # decoding steps: all but the prefill's
         record: dict = {"prompt_tokens": [len(reply.prompt) for reply in replies]}
         record["new_tokens"] = [len(reply.tokens) for reply in replies]
@@ -214,40 +213,48 @@ class Session:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add_model_flags(parser)
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group()
-    text = "a text, the length of a random prompt, or - to read standard input"
+    add = add_model_flags(parser)
+    about = "compile decoding: one block for all layers (default), or the whole step"
+    add("--compile", nargs="?", const="block", choices=["block", "whole"], help=about)
+    add("--compile_prefill", action="store_true", help="compile prefill, too")
+
+    group = parser.add_argument_group("prompt")
+    add, source = group.add_argument, group.add_mutually_exclusive_group()
+    text = "a text, a number of random tokens, or - for standard input"
     source.add_argument("--prompt", default="Hello, my name is", help=text)
     source.add_argument("--prompts_file", type=Path, help="prompts, one a line, run as a batch")
-    source.add_argument("--interactive", action="store_true", help="talk with the model")
-    text = "requests on standard input, records on standard output, a JSON object a line"
+    source.add_argument("--interactive", action="store_true", help="chat on the terminal")
+    text = "JSON requests on standard input, JSON records on standard output, one a line"
     source.add_argument("--jsonl", action="store_true", help=text)
-    add("--chat", action=BooleanOptionalAction, help="wrap prompts in the model's chat format")
-    add("--system_prompt", default="", help="what a chat begins with")
-    about = 'what the chat template is told, such as {"enable_thinking": false}'
+    about = "apply the model's chat template (default: with --interactive)"
+    add("--chat", action=BooleanOptionalAction, help=about)
+    add("--system_prompt", default="", help="the system message of a chat")
+    about = 'variables of the chat template, such as {"enable_thinking": false}'
     add("--template_args", type=json_object, default={}, metavar="JSON", help=about)
     add("--num_samples", type=number(int, 1), default=1, help="times to run each prompt")
-    text = "rows a batch (default: 1, or the whole file)"
+    text = "prompts run at once (default: 1, or the whole file)"
     add("--batch_size", type=number(int, 1, 4096), help=text)
     add_text_flags(parser)
+
+    group = parser.add_argument_group("speculation")
+    add, draft = group.add_argument, group.add_mutually_exclusive_group()
+    text = "a draft model with the same vocabulary"
+    draft.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH", help=text)
+    text = "n-gram drafting: continue the latest earlier match of the last tokens"
+    draft.add_argument("--prompt_lookup", action="store_true", help=text)
+    text = "maximum draft length (default: 5)"
+    add("--speculate_k", type=number(int, 1, FEW_ROWS - 1), metavar="K", help=text)
+
+    add = parser.group("prefill cache")
     about = "a text that every prompt continues, or @FILE; it is prefilled once"
     add("--prefill_context", type=context_text, metavar="TEXT", help=about)
     about = "keep prefilled contexts in this folder"
     add("--prefill_cache", type=Path, metavar="DIR", help=about)
-    size, about = number(float, 0, 1e6), "room in memory, and again in the folder (default: 8)"
+    size, about = number(float, 0, 1e6), "limit in memory, and again on disk (default: 8)"
     add("--prefill_cache_gb", type=size, metavar="GB", help=about)
-    draft = parser.add_mutually_exclusive_group()
-    text = "speculate with this checkpoint of the same vocabulary"
-    draft.add_argument("--draft_checkpoint_path", type=Path, help=text)
-    text = "speculate with what followed the latest earlier match of the last tokens"
-    draft.add_argument("--prompt_lookup", action="store_true", help=text)
-    text = "maximum draft length (default: 5)"
-    add("--speculate_k", type=number(int, 1, FEW_ROWS - 1), help=text)
-    add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
-    add("--compile_prefill", action="store_true", help="compile prefill, too")
-    text = "write a chrome trace of the generation"
-    add("--profile", type=output_file, metavar="FILE", help=text)
+
+    add = parser.group("measurement")
+    add("--profile", type=output_file, metavar="FILE", help="write a Chrome trace of the run")
     add("--json", type=output_file, metavar="FILE", help="write the statistics as JSON")
     add("--quiet", action="store_true", help="print no statistics")
     return parser
@@ -266,59 +273,53 @@ def context_text(value: str) -> str:
     return text
 
 
-def check_flags(args: Namespace) -> None:
-    """Fill in the flags whose default depends on others; UserError if some contradict."""
-    args.chat = args.interactive if args.chat is None else args.chat
-    args.speculating = bool(args.draft_checkpoint_path or args.prompt_lookup)
-    if args.speculating and not args.batch_size:
-        args.batch_size = 1
-    if args.system_prompt and not args.chat:
-        raise UserError("--system_prompt is for chats; add --chat")
-    if args.template_args and not args.chat:
-        raise UserError("--template_args is for chats; add --chat")
-    if args.interactive and (args.batch_size or 1) > 1:
-        raise UserError("--interactive is one conversation; leave --batch_size out")
-    if args.speculating and args.batch_size > 1:
-        raise UserError("speculation is for one stream at a time; leave --batch_size out")
-    if args.speculate_k and not args.speculating:
-        raise UserError("--speculate_k needs --draft_checkpoint_path or --prompt_lookup; add one")
-    args.speculate_k = args.speculate_k or 5
-    elsewhere = args.prompts_file or args.interactive or args.jsonl
-    if args.chat and not elsewhere and is_random_prompt(args.prompt):
-        raise UserError(
-            f"--prompt {args.prompt} is random tokens, which no chat wraps; drop --chat"
-        )
-    if args.profile and args.speculating:
-        raise UserError("--profile shows plain decoding; leave speculation out")
-    if args.interactive and args.num_samples > 1:
-        raise UserError("--interactive is one conversation; leave --num_samples out")
-    if args.interactive and args.prompt_logprobs:
-        raise UserError("--prompt_logprobs is for single prompts; leave --interactive out")
-    if args.jsonl and args.num_samples > 1:
-        raise UserError("--jsonl makes a text a request; leave --num_samples out")
-    if (args.prefill_cache or args.prefill_cache_gb is not None) and not args.prefill_context:
-        raise UserError("--prefill_cache and --prefill_cache_gb go with --prefill_context; add it")
-    needed = {"speculate": args.speculating, "prefill_cache": args.prefill_context}
-    needed |= {"ranges": args.profile, "tp": int(os.environ.get("WORLD_SIZE", 1)) > 1}
-    needed |= {"chat": args.interactive, "jsonl": args.jsonl}
-    flags = dict(speculate="speculation", prefill_cache="--prefill_context", ranges="--profile")
-    flags |= dict(chat="--interactive", jsonl="--jsonl")
-    for name in needed:
-        if needed[name] and optional(name) is None:
-            what = flags.get(name, "torchrun")
-            raise UserError(f"{what} needs {name}.py; put it beside generate.py")
+def with_defaults(args: Namespace) -> Namespace:
+    """The flags, those filled in whose default depends on others; UserError if some contradict."""
+    chat = args.interactive if args.chat is None else args.chat
+    draft, batch = args.draft_checkpoint_path or args.prompt_lookup, (args.batch_size or 1) > 1
+    talk, samples = args.interactive, args.num_samples > 1
+    random = not (args.prompts_file or talk or args.jsonl) and is_random_prompt(args.prompt)
+    cached = args.prefill_cache or args.prefill_cache_gb is not None
+    refuse(
+        (args.system_prompt and not chat, "--system_prompt is for chats; add --chat"),
+        (args.template_args and not chat, "--template_args is for chats; add --chat"),
+        (chat and random, f"--prompt {args.prompt} is random tokens, not a chat; drop --chat"),
+        (talk and batch, "--interactive is one conversation; leave --batch_size out"),
+        (talk and samples, "--interactive is one conversation; leave --num_samples out"),
+        (talk and args.prompt_logprobs, "--prompt_logprobs is for texts; leave --interactive out"),
+        (args.jsonl and samples, "--jsonl makes one text a request; leave --num_samples out"),
+        (draft and batch, "speculation is for one stream at a time; leave --batch_size out"),
+        (draft and args.profile, "--profile shows plain decoding; leave speculation out"),
+        (
+            args.speculate_k and not draft,
+            "--speculate_k needs --draft_checkpoint_path or --prompt_lookup; add one",
+        ),
+        (
+            cached and not args.prefill_context,
+            "--prefill_cache and --prefill_cache_gb go with --prefill_context; add it",
+        ),
+    )
+    files = {"speculate": (draft, "speculation"), "chat": (talk, "--interactive")}
+    files |= {"jsonl": (args.jsonl, "--jsonl"), "ranges": (args.profile, "--profile")}
+    files["prefill_cache"] = (args.prefill_context, "--prefill_context")
+    files["tp"] = (int(os.environ.get("WORLD_SIZE", 1)) > 1, "torchrun")
+    for name, (asked, flag) in files.items():
+        if asked and optional(name) is None:
+            raise UserError(f"{flag} needs {name}.py; put it beside generate.py")
+    rows = args.batch_size or (None if args.prompts_file and not draft else 1)
+    return replaced(args, chat=chat, batch_size=rows, speculate_k=args.speculate_k or 5)
 
 
 def start_engines(
     model: Transformer, draft: Transformer | None, args: Namespace
 ) -> tuple[Engine, Any]:
-    """What runs the model, and the Speculator if the flags ask for one, warmed up."""
+    """The model's Engine, and a Speculator if there is a draft; both warmed up."""
     engines = [Engine(each, args.compile, args.compile_prefill) for each in (model, draft) if each]
     if args.compile or args.compile_prefill or model.device.type == "cuda":
         for engine in engines:  # a draft catches up with FEW_ROWS at once, at most
             most = args.speculate_k + 1 if engine is engines[0] else FEW_ROWS
-            engine.warm_up(args.batch_size, most if args.speculating else 1)
-    if not args.speculating:
+            engine.warm_up(args.batch_size, most if draft or args.prompt_lookup else 1)
+    if not (draft or args.prompt_lookup):
         return engines[0], None
     size = model.args.vocab_size
     if draft:
@@ -329,7 +330,7 @@ def start_engines(
 
 
 def main(args: Namespace) -> None:
-    check_flags(args)
+    args = with_defaults(args)
     alone = None if tp else (find_device(args.device), None)
     with tp.joined(args.device) if tp else contextlib.nullcontext(alone) as (device, shard):
         records, totals = run_all(args, device, shard)
@@ -339,7 +340,7 @@ def main(args: Namespace) -> None:
 def run_all(args: Namespace, device: torch.device, shard: Any) -> tuple[list[dict], dict]:
     """Load, warm up and generate: the statistics of each run, and those of the whole."""
     if shard and shard.rank:  # rank 0 writes the files
-        args.profile = args.json = None
+        args = replaced(args, profile=None, json=None)
     path = args.checkpoint_path or (tp.in_turn(default_checkpoint) if tp else default_checkpoint())
     cache = make_cache(args)
     kernels = kernels_for("cpu")
@@ -355,7 +356,7 @@ def run_all(args: Namespace, device: torch.device, shard: Any) -> tuple[list[dic
     check_settings(args, model)
     elsewhere = args.interactive or args.jsonl
     prompts = [] if elsewhere else read_prompts(args, tokenizer, model.args.vocab_size)
-    args.batch_size = args.batch_size or (len(prompts) if args.prompts_file else 1)
+    args = replaced(args, batch_size=args.batch_size or len(prompts))
     if not args.prompts_file:
         prompts *= args.batch_size
     context = read_context(args, tokenizer)
@@ -394,7 +395,7 @@ def run_all(args: Namespace, device: torch.device, shard: Any) -> tuple[list[dic
 
 
 def run_session(session: Session, prompts: list[list[int]]) -> None:
-    """Talk, or complete the prompts; with --profile write a trace of that."""
+    """Chat, serve requests or complete the prompts; with --profile, write a trace."""
     args = session.args
     with contextlib.ExitStack() as stack:
         if args.profile:
@@ -416,7 +417,7 @@ def run_session(session: Session, prompts: list[list[int]]) -> None:
 
 
 def make_cache(args: Namespace) -> Any:
-    """The prefill cache that the flags ask for, if they do."""
+    """The prefill cache, if there is a context."""
     if not args.prefill_context:
         return None
     gigabytes = 8 if args.prefill_cache_gb is None else args.prefill_cache_gb
@@ -424,19 +425,19 @@ def make_cache(args: Namespace) -> Any:
 
 
 def prefill_context(args: Namespace, cache: Any, context: list[int], engines: list[Engine]) -> dict:
-    """Give the engines a cache that holds the context, if there is one; the statistics of that."""
+    """Prefill the context into a cache that the engines share; returns statistics."""
     if cache is None:
         return {}
     began, done = time.perf_counter(), 0
     for engine in engines:
-        cache.fingerprint(engine.model)  # so that no file of another engine's is taken for stale
+        cache.fingerprint(engine.model)  # so that its files do not count as stale
     for engine in engines:
         room = context[: engine.model.max_seq_length]
         done += cache.prefill_context(room, engine.model, Engine(engine.model).prefill)
     for engine in engines:
         engine.cache = cache
-    marks = [cache.fingerprint(engine.model) for engine in engines]
-    if len(engines) > 1 and not all(any(e.startswith(m) for e in cache.entries) for m in marks):
+    ids = [cache.fingerprint(engine.model) for engine in engines]
+    if len(engines) > 1 and not all(any(e.startswith(i) for e in cache.entries) for i in ids):
         sizes = "the contexts of model and draft do not fit --prefill_cache_gb together"
         print(f"warning: {sizes}; raise it, or one is prefilled every time", file=sys.stderr)
     figures = {"context_tokens": len(context), "context_prefilled_tokens": done}
@@ -447,7 +448,7 @@ def prefill_context(args: Namespace, cache: Any, context: list[int], engines: li
 
 
 def report(args: Namespace, records: list[dict], **totals) -> None:
-    """Print what the whole run took and, with --json, write all figures to a file."""
+    """Print the totals and, with --json, write all statistics to a file."""
     if torch.device(totals["device"]).type == "cuda":
         peak = torch.cuda.max_memory_allocated(totals["device"])
     else:

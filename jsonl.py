@@ -1,8 +1,8 @@
-"""Requests in, records out, a JSON object a line: how another program drives the model.
+"""The interface for other programs: JSON requests in, JSON records out, one a line.
 
-Requests that wait on standard input run together, up to --batch_size of them. Each has settings
-and a seed of its own, so its text does not depend on the group. A request that is wrong gets an
-error as its record. docs/jsonl.md shows both ends.
+Pending requests run as a batch, up to --batch_size of them. Each has its own settings and seed, so
+its text does not depend on the batch. A bad request is answered by an error record. docs/jsonl.md
+describes the format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shaping import Reply, describe, run_replies, score_prompt
 
 
 def parse(line: str) -> dict:
-    """The object that a line holds."""
+    """Parse a line into a JSON object."""
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(request := json.loads(line), dict):
             return request
@@ -46,7 +46,7 @@ class Server:
         print(json.dumps({"id": name} | record), flush=True)
 
     def read(self, line: str) -> tuple[Any, Reply] | None:
-        """The id and the text to be made of a request; an error record and None if it is wrong."""
+        """The id and the `Reply` of a request; for a bad one an error record, and None."""
         request, model = {}, self.engine.model
         self.totals["requests"] += 1
         try:
@@ -61,7 +61,7 @@ class Server:
         return request.get("id"), Reply(self.tokenizer, model, prompt, args)
 
     def run(self, requests: list[tuple[Any, Reply]]) -> None:
-        """Run requests together, a row each, and write their records as they come."""
+        """Run requests as a batch, a row each, and stream their records."""
         began, model = time.perf_counter(), self.engine.model
         empty = Reply(self.tokenizer, model, [], self.args)
         try:
@@ -83,14 +83,14 @@ class Server:
         self.totals["seconds"] += time.perf_counter() - began
 
     def score(self, name: Any, reply: Reply) -> None:
-        """Write the log probabilities of a prompt's tokens, if they are asked for."""
+        """Write the log probabilities of a prompt's tokens, if requested."""
         if reply.args.prompt_logprobs:
             tokens = score_prompt(self.engine, reply.prompt, reply.args.logprobs or 0)
             self.cached.keep(0, reply.prompt[:-1])
             self.write(name, {"prompt_logprobs": describe(self.tokenizer, tokens)})
 
     def tell(self, name: Any, reply: Reply, text: str, began: float) -> None:
-        """Write what a step has added to a text and, once it has ended, the last record."""
+        """Write the text that a step added and, at its end, the final record."""
         text += reply.flush() if reply.ended_by else ""
         record = {"delta": text}
         if reply.args.logprobs is not None:
@@ -106,9 +106,9 @@ class Server:
 
 
 def read_lines(lines: SimpleQueue) -> None:
-    """Put the lines of standard input into a queue as they come, then None.
+    """Put the lines of standard input into a queue, then None.
 
-    Not from `sys.stdin`, whose lock a thread that waits would still hold when the program ends.
+    Not by `sys.stdin`: a blocked thread would hold its lock when the program exits.
     """
     try:
         with open(sys.stdin.fileno(), "rb", closefd=False) as source:
@@ -119,7 +119,7 @@ def read_lines(lines: SimpleQueue) -> None:
 
 
 def waiting(lines: SimpleQueue, count: int) -> list[str | None]:
-    """The next line, and those that wait behind it: up to `count`, with None at the end."""
+    """The next line and pending ones after it, up to `count`; None marks the end."""
     group = [lines.get()]
     while len(group) < count and group[-1] is not None and not lines.empty():
         group.append(lines.get())
@@ -127,8 +127,7 @@ def waiting(lines: SimpleQueue, count: int) -> list[str | None]:
 
 
 def groups(count: int) -> Iterator[list[str | None]]:
-    """What waits on standard input, again and again; nothing is read before the first is asked for,
-    so that of several ranks only the one that asks does read."""
+    """Yield groups of pending lines. Reading starts with the first `next`: only rank 0 calls it."""
     lines = SimpleQueue()
     threading.Thread(target=read_lines, args=(lines,), daemon=True).start()
     while True:
@@ -136,7 +135,7 @@ def groups(count: int) -> Iterator[list[str | None]]:
 
 
 def serve(session: Any, agree: Callable[[Callable[[], list]], list]) -> dict:
-    """Answer requests until their end; the totals. `agree` gives all ranks what the first read."""
+    """Answer requests until the end of input; returns totals. `agree` broadcasts rank 0's lines."""
     server, found, group = Server(session), groups(session.args.batch_size), [""]
     while group[-1] is not None:
         group = agree(lambda: next(found))

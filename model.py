@@ -191,6 +191,13 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).type_as(x)
 
 
+class RotaryEmbedding(nn.Module):
+    """`apply_rotary_emb` as a module, so that a profile can tell it by a hook."""
+
+    def forward(self, x: Tensor, freqs_cis: Tensor) -> Tensor:
+        return apply_rotary_emb(x, freqs_cis)
+
+
 class Mask(NamedTuple):
     """Where the queries of a pass stand, for all layers of one kind."""
 
@@ -229,6 +236,7 @@ class Attention(nn.Module):
         norm = RMSNorm if args.qk_norm == "head" else nn.Identity
         self.q_norm = norm(kind.head_dim, args.norm_eps)
         self.k_norm = norm(kind.head_dim, args.norm_eps)
+        self.rope = RotaryEmbedding()
         self.register_buffer("freqs_cis", None, persistent=False)  # [S + 1, D/2, 2]
         self.register_buffer("query_scales", None, persistent=False)  # [S + 1, 1, 1]
         self.kv_cache: KVCache | None = None
@@ -264,8 +272,8 @@ class Attention(nn.Module):
     def attend(self, qkv: Tensor, input_pos: Tensor, mask: Mask) -> Tensor:
         """Attention of qkv `[B, T, heads, D]` by PyTorch's own operations."""
         q, k, v = qkv.split(self.heads, dim=2)
-        q = apply_rotary_emb(self.q_norm(q), mask.freqs_cis)
-        k = apply_rotary_emb(self.k_norm(k), mask.freqs_cis)
+        q = self.rope(self.q_norm(q), mask.freqs_cis)
+        k = self.rope(self.k_norm(k), mask.freqs_cis)
         k, v = self.kv_cache.update(input_pos, k, v, mask.hidden.shape[-1])  # [B, H, L, D]
         q = self.scale_query(q, input_pos).unflatten(2, (k.shape[1], -1))  # [B, T, H, G, D]
         # The G query heads of a KV head become rows, so that the cache is never repeated.

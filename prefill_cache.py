@@ -1,12 +1,12 @@
-"""Keys and values of contexts that come back, kept in memory and on disk: prefilled once, ever.
+"""A prefix cache in memory and on disk: a context that comes back is prefilled once.
 
-A stored entry serves every prompt that begins as it does, cut where the two part, since a token's
-keys and values depend on nothing after it. Entries are found by token ids, not by text.
+An entry serves every prompt that shares a prefix with it, up to where the two diverge: a token's
+keys and values depend only on the tokens before it. Entries are looked up by token ids, not text.
 
-On disk an entry is one safetensors file (https://github.com/huggingface/safetensors, "Format") of
-one tensor. It must be a file that only this user can have written; its header must be, byte for
-byte, the one that this model would write, and a SHA-256 covers header and data. A context whose
-file does not pass is prefilled anew.
+On disk an entry is one safetensors file (https://github.com/huggingface/safetensors, "Format") with
+one tensor. A file is used only if this user alone can have written it, if its header is byte for
+byte the one this model would write, and if a SHA-256 of header and data matches; otherwise the
+context is prefilled again. The library would write the same header in random order.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from model import Transformer
 
 FORMAT = "tokenbus prefill cache 2"
 NAME = re.compile(r"([0-9a-f]{16}-\d+of\d+)-([0-9a-f]{16})\.safetensors")  # fingerprint, tokens
-TEMPORARY = re.compile(r"\.\d+-" + NAME.pattern)  # as `replacing` calls a file that is being made
-STALE_S = 3600  # a temporary file this old has no writer any more
+TEMPORARY = re.compile(r"\.\d+-" + NAME.pattern)  # the temporary names of `replacing`
+STALE_S = 3600  # the writer of an older temporary file is dead
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 SAMPLES = 64  # values of each tensor in a fingerprint
 
 
 @dataclasses.dataclass
 class Entry:
-    """Keys and values `[n_layer, 2, H, n, D]` after `tokens`, of which the first `length` serve."""
+    """Keys and values `[n_layer, 2, H, n, D]` of `tokens`, the first `length` of them usable."""
 
     tokens: list[int]
     kv: Tensor
@@ -57,34 +57,32 @@ class Entry:
 
 
 class PrefillCache:
-    """A store of prefilled contexts: up to `max_bytes` in memory, and as much in `directory`
-    (for each rank that shares it).
+    """Prefilled contexts: up to `max_bytes` in device memory, and up to `max_bytes` a rank on disk.
 
-    Eviction is LRU. One cache serves several models (a target and its
-    draft) and several processes may share a directory. Memory is that of the model's device.
-    Raises a `UserError` if the directory cannot be written.
+    Eviction is LRU. One cache serves several models, such as a target and its draft; several
+    processes may share a directory. Raises a `UserError` if the directory is not writable.
 
-    Under tensor parallelism each rank has its own cache object and files, and all ranks must call
-    `lookup` together: they agree on the shortest length that any of them found.
+    Under tensor parallelism each rank has its own cache and files. `lookup` is a collective: the
+    ranks agree on the shortest prefix that any of them found.
     """
 
     def __init__(self, max_bytes: int, directory: Path | None = None):
         self.max_bytes = max_bytes
-        ranks = dist.get_world_size() if distributed() else 1  # which share the directory
+        ranks = dist.get_world_size() if distributed() else 1  # they share the directory
         self.folder = Folder(Path(directory), max_bytes * ranks) if directory else None
-        self.entries: dict[str, Entry] = {}  # by name, the least recently used first
+        self.entries: dict[str, Entry] = {}  # by name, in LRU order
         self.fingerprints: weakref.WeakKeyDictionary[Transformer, str] = weakref.WeakKeyDictionary()
 
     def fingerprint(self, model: Transformer) -> str:
-        """The fingerprint of a model, taken once: weights must not change afterwards."""
+        """The fingerprint of a model, computed once: its weights must not change afterwards."""
         if model not in self.fingerprints:
             self.fingerprints[model] = fingerprint(model)
         return self.fingerprints[model]
 
     def lookup(self, tokens: list[int], model: Transformer, leave: int = 1) -> Entry | None:
-        """What is stored of the longest prefix of `tokens`, or None.
+        """The entry with the longest common prefix with `tokens`, or None.
 
-        The last `leave` tokens are not looked for: one has to be fed to get logits.
+        The last `leave` tokens are not matched: logits need at least one token to prefill.
         """
         wanted, model_id = tokens[: max(0, len(tokens) - leave)], self.fingerprint(model)
         mine = [entry for name, entry in self.entries.items() if name.startswith(model_id + "-")]
@@ -101,13 +99,13 @@ class PrefillCache:
             return None
         name = name_of(model_id, found.tokens)
         if name in self.entries:
-            self.entries[name] = self.entries.pop(name)  # now the most recently used
+            self.entries[name] = self.entries.pop(name)  # most recently used
         if self.folder:
             self.folder.touch(name)
         return dataclasses.replace(found, length=length)
 
     def store(self, tokens: list[int], model: Transformer, row: int = 0) -> None:
-        """Keep what row `row` of the model's KV cache holds of `tokens`, its first positions."""
+        """Store the keys and values of `tokens`, the first positions in a row of the KV cache."""
         if not 0 < len(tokens) <= model.max_seq_length:
             raise ValueError(f"{len(tokens)} tokens, and a cache of {model.max_seq_length}")
         caches = [layer.attention.kv_cache for layer in model.layers]
@@ -116,8 +114,8 @@ class PrefillCache:
         entry = Entry([*tokens], kv.contiguous(), len(tokens))
         if kv.nbytes > self.max_bytes:
             warn(
-                f"{len(tokens)} tokens of context take {kv.nbytes / 1e9:.2f} GB, more than the "
-                f"prefill cache's {self.max_bytes / 1e9:.2f}; they are not kept"
+                f"{len(tokens)} tokens of context take {kv.nbytes / 1e9:.2f} GB, and the prefill "
+                f"cache is limited to {self.max_bytes / 1e9:.2f}; they are not kept"
             )
             return
         model_id = self.fingerprint(model)
@@ -126,7 +124,7 @@ class PrefillCache:
             self.folder.write(model_id, entry)
 
     def keep(self, name: str, entry: Entry) -> None:
-        """Put an entry into memory, in place of those used least recently."""
+        """Keep an entry in memory, and evict least recently used ones until it fits."""
         self.entries.pop(name, None)
         if entry.kv.nbytes <= self.max_bytes:
             self.entries[name] = entry
@@ -140,11 +138,11 @@ class PrefillCache:
         model: Transformer,
         prefill: Callable[[list[list[int]], int], Tensor],
     ) -> int:
-        """Put a context into the cache; how many tokens of it had to be prefilled.
+        """Store a context; returns how many of its tokens had to be prefilled.
 
-        `prefill` takes prompts and how many first tokens the model's cache holds; it should be
-        that of an `Engine` without a cache and not compiled. One row is run, whatever the batch:
-        so the shapes, which decide how sums are rounded, are the same for all flags.
+        `prefill(prompts, start)` should be that of an uncompiled `Engine` without a prefill cache.
+        It runs one row whatever the batch size, so shapes, and with them rounding, do not depend
+        on flags.
         """
         entry = self.lookup(context, model, leave=0)
         start = entry.length if entry else 0
@@ -156,9 +154,9 @@ class PrefillCache:
         return len(context) - start
 
     def restore_prefix(self, prompts: list[list[int]], model: Transformer) -> int:
-        """Load what is stored of the beginning that all prompts share, into every row.
+        """Load the stored part of the prompts' common prefix into every row of the KV cache.
 
-        Returns how many tokens that is: of each prompt all but the last at the most.
+        Returns its length in tokens. The last token of a prompt is never part of it.
         """
         shared = os.path.commonprefix([prompt[:-1] for prompt in prompts if prompt])
         entry = self.lookup(shared, model, leave=0)
@@ -173,22 +171,22 @@ class PrefillCache:
 
 
 class Folder:
-    """The files of a directory that this format owns, up to `max_bytes` of them."""
+    """The cache files of a directory, limited to `max_bytes`."""
 
     def __init__(self, path: Path, max_bytes: int):
         self.path, self.max_bytes = path, max_bytes
-        self.tokens: dict[str, list[int]] = {}  # by name, which changes with them
+        self.tokens: dict[str, list[int]] = {}  # by name, which contains their hash
         self.warned: set[str] = set()
         advice = "name a folder of yours with --prefill_cache"
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the prefill cache {path} ({error}); {advice}") from None
+            raise UserError(f"cannot make the folder {path} ({error}); {advice}") from None
         if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            raise UserError(f"the prefill cache {path} cannot be written; {advice}")
+            raise UserError(f"the folder {path} cannot be written; {advice}")
 
     def warn(self, name: str, why: str) -> None:
-        """Say once that a file is not used."""
+        """Warn once that a file is ignored."""
         if name not in self.warned:
             warn(f"{self.path / name} {why}; it is ignored")
         self.warned.add(name)
@@ -196,7 +194,7 @@ class Folder:
     def listing(self) -> list[str]:
         try:
             return os.listdir(self.path)
-        except OSError:  # somebody has taken the whole directory away
+        except OSError:  # the directory was removed meanwhile
             return []
 
     def names(self) -> Iterator[re.Match]:
@@ -210,9 +208,9 @@ class Folder:
     def find(
         self, wanted: list[int], length: int, model_id: str, model: Transformer
     ) -> Entry | None:
-        """Read the entry that shares the most with `wanted`, and more than `length`, if any.
+        """The entry with the longest common prefix with `wanted`, if longer than `length`.
 
-        A file is read whole, so one that would serve with less than a sixteenth is left alone.
+        A file is read whole, so one of which less than a sixteenth would be used is skipped.
         """
         found = []
         for match in self.names():
@@ -226,7 +224,7 @@ class Folder:
         return None
 
     def tokens_of(self, name: str) -> list[int]:
-        """The token ids in a file's header; none, with a warning, if they are not to be had."""
+        """The token ids in a file's header; none, with a warning, if it cannot be read."""
         if name not in self.tokens:
             tokens = self.checked(name, lambda name: read_tokens(self.path / name))
             if tokens is None:
@@ -235,34 +233,34 @@ class Folder:
         return self.tokens[name]
 
     def checked(self, name: str, reader):
-        """What `reader` makes of a file; None if it is gone or, with a warning, cannot be used."""
+        """`reader(name)`; None if the file is gone or, with a warning, unusable."""
         try:
             return reader(name)
-        except FileNotFoundError:  # another process made room
+        except FileNotFoundError:  # evicted by another process
             return None
         except OSError as error:
             return self.warn(name, f"cannot be read ({error.strerror})")
         except ValueError as error:
             return self.warn(name, str(error))
 
-    def warn_of_stale(self, wanted: list[int], found: Entry | None, marks: set[str]) -> None:
-        """Say if the very context wanted is here, but not of any model that is running."""
-        ranks = {model_id.partition("-")[2] for model_id in marks}
+    def warn_of_stale(self, wanted: list[int], found: Entry | None, model_ids: set[str]) -> None:
+        """Warn if this context is stored, but of none of the running models."""
+        ranks = {model_id.partition("-")[2] for model_id in model_ids}
         for match in self.names() if found is None else ():
-            stale = match[1] not in marks and match[1].partition("-")[2] in ranks
+            stale = match[1] not in model_ids and match[1].partition("-")[2] in ranks
             if stale and match[2] == hash_of(wanted):
                 why = "is of another checkpoint, precision, device or version of torch"
                 self.warn(match[0], why)
 
     def touch(self, name: str) -> None:
         """Mark a file as used now."""
-        with contextlib.suppress(OSError):  # not there, or another user's
+        with contextlib.suppress(OSError):  # missing, or another user's
             os.utime(self.path / name)
 
     def write(self, model_id: str, entry: Entry) -> None:
-        """Write an entry, readable by its owner only, and remove what the budget has no room for.
+        """Write an entry, readable by its owner only, and evict files until the rest fits.
 
-        Failing is no more than a warning: the text does not depend on it.
+        Failure is only a warning: the text does not depend on it.
         """
         data = bytearray(entry.kv.nbytes)
         flat = torch.frombuffer(data, dtype=entry.kv.dtype)
@@ -272,14 +270,14 @@ class Folder:
         header = make_header(model_id, entry.tokens, shape, dtype, digest)
         path = self.path / name_of(model_id, entry.tokens)
         if len(header) + len(data) > self.max_bytes:
-            return warn(f"{path} would be larger than the whole prefill cache; it is not written")
+            return warn(f"{path} would exceed the limit of the prefill cache; it is not written")
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            return  # `replacing` would write to where it leads
+            return  # `replacing` would follow it
         try:
             with replacing(path) as temporary:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
                 with open(os.open(temporary, flags, 0o600), "wb") as file:
-                    os.fchmod(file.fileno(), 0o600)  # the temporary may be a killed process's
+                    os.fchmod(file.fileno(), 0o600)  # it may be left over from a killed process
                     file.write(header)
                     file.write(data)
         except UserError as error:
@@ -288,16 +286,16 @@ class Folder:
         self.trim()
 
     def trim(self) -> None:
-        """Remove the files used least recently, those of other processes too, until the rest fits.
+        """Evict least recently used files, other processes' included, until the rest fits.
 
-        Those still being written count, and are left alone, unless their writer must be dead.
+        Files still being written count but stay, unless they are so old that their writer is dead.
         """
         files, used = [], 0
         for name in self.listing():
             made, making = NAME.fullmatch(name), TEMPORARY.fullmatch(name)
             if not (made or making):
                 continue
-            with contextlib.suppress(OSError):  # another process made room
+            with contextlib.suppress(OSError):  # evicted by another process
                 found = os.stat(self.path / name)
                 if making and time.time() - found.st_mtime > STALE_S:
                     os.unlink(self.path / name)
@@ -316,22 +314,22 @@ class Folder:
 def make_header(
     model_id: str, tokens: list[int], shape: torch.Size, dtype: torch.dtype, digest: str = "0" * 64
 ) -> bytes:
-    """The first bytes of a file, up to its one tensor: a length and JSON, as safetensors has it."""
+    """The safetensors header of an entry: its length, and JSON."""
     size = shape.numel() * dtype.itemsize
     metadata = {"format": FORMAT, "fingerprint": model_id, "sha256": digest}
     metadata["tokens"] = " ".join(map(str, tokens))
     kv = {"dtype": DTYPES[dtype], "shape": [*shape], "data_offsets": [0, size]}
     text = json.dumps({"__metadata__": metadata, "kv": kv}).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     return len(text).to_bytes(8, "little") + text
 
 
 def read_header(file) -> tuple[bytes, dict]:
-    """The header of an open file and the metadata in it; `ValueError` if it is not one."""
+    """The header of an open file and its metadata; `ValueError` if there is none."""
     start = file.read(8)
     size = int.from_bytes(start, "little")
     if len(start) < 8 or size > os.fstat(file.fileno()).st_size:
-        raise ValueError("is cut short or no safetensors file")
+        raise ValueError("is truncated or not a safetensors file")
     header = file.read(size)
     try:
         metadata = json.loads(header)["__metadata__"]
@@ -341,82 +339,82 @@ def read_header(file) -> tuple[bytes, dict]:
 
 
 def open_own(path: Path) -> BinaryIO:
-    """Open a file that only this user can have written; `ValueError` if another one may have.
+    """Open a file that only this user can have written; `ValueError` if another may have.
 
-    The checksum tells accidents, not malice: it could be made for any content.
+    The checksum detects accidents, not malice: anyone can compute it.
     """
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would wait for somebody to write to it
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe would wait for a writer
     file = open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags))
     found = os.fstat(file.fileno())
     if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
         return file
     file.close()
-    raise ValueError("is no file that you alone can have written")
+    raise ValueError("may have been written by another user")
 
 
 def read_tokens(path: Path) -> list[int]:
-    """The token ids of an entry; `ValueError` if they are not those that its name stands for."""
+    """The token ids of an entry; `ValueError` if their hash is not the one in its name."""
     with open_own(path) as file:
         metadata = read_header(file)[1]
     if metadata["format"] != FORMAT:
         raise ValueError(f"has the format {metadata['format'][:80]!r}, not {FORMAT!r}")
     if hash_of(metadata["tokens"]) != NAME.fullmatch(path.name)[2]:
-        raise ValueError("is damaged: its tokens are not those of its name")
+        raise ValueError("is damaged: its tokens do not match its name")
     return [int(token) for token in metadata["tokens"].split()]
 
 
 def read(path: Path, model_id: str, model: Transformer) -> Entry:
-    """The whole entry of a model; `ValueError` if anything about the file is not as written."""
+    """The entry of a model in a file; `ValueError` unless every byte is as written."""
     tokens = read_tokens(path)
     slots = model.layers[0].attention.kv_cache.k_cache  # [B, H, S + 1, D]
     shape = torch.Size((len(model.layers), 2, slots.shape[1], len(tokens), slots.shape[3]))
     with open_own(path) as file:
         header, metadata = read_header(file)
         if header != make_header(model_id, tokens, shape, slots.dtype, metadata["sha256"]):
-            raise ValueError("is damaged or of another model: its header is not this model's")
+            raise ValueError("is damaged or of another model: its header does not match")
         data = bytearray(shape.numel() * slots.dtype.itemsize)
         if file.readinto(data) != len(data) or file.read(1):
-            raise ValueError("is damaged: it has not the length that its header says")
+            raise ValueError("is damaged: its length does not match its header")
     if digest_of(make_header(model_id, tokens, shape, slots.dtype), data) != metadata["sha256"]:
-        raise ValueError("is damaged: its checksum is wrong")
+        raise ValueError("is damaged: its checksum does not match")
     kv = torch.frombuffer(data, dtype=slots.dtype).view(shape)
     return Entry(tokens, kv.to(slots.device), len(tokens))
 
 
 # ------------------------------------------------------------------------------------------------
-# What tells contexts and models apart
+# Identity of contexts and models
 
 
 def common_length(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Length of the common prefix of two token sequences."""
     return len(os.path.commonprefix([a, b]))  # it takes lists as well as paths
 
 
 def hash_of(tokens: list[int] | str) -> str:
-    """Sixteen hexadecimal digits for token ids, or for their text in a file's header."""
+    """A hash of token ids, or of their text in a file's header: 16 hexadecimal digits."""
     text = tokens if isinstance(tokens, str) else " ".join(map(str, tokens))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def name_of(model_id: str, tokens: list[int]) -> str:
-    """The name of the file for these tokens of the model with this fingerprint."""
+    """The file name of these tokens for the model with this fingerprint."""
     return f"{model_id}-{hash_of(tokens)}.safetensors"
 
 
 def digest_of(header: bytes, data: bytearray) -> str:
-    """The SHA-256 of a file, taken with a header that has zeros for it."""
+    """The SHA-256 of a file whose header has zeros in its place."""
     digest = hashlib.sha256(header)
     digest.update(data)
     return digest.hexdigest()
 
 
 def fingerprint(model: Transformer) -> str:
-    """What tells this model's keys and values from any other's: 16 digits and the rank of ranks.
+    """Identifies this model's keys and values: a hash of 16 digits, and the rank of the world size.
 
-    A hash of the configuration, the shape and dtype of a cached position, the kind of device, the
-    version of torch and whether kernels run (they decide how sums are rounded) and, of every
-    tensor, its name, shape, dtype and 64 evenly spread values. So a 140 GB file need not be read,
-    and an edit that leaves all those values as they were is not noticed.
+    The hash covers the configuration, the shape and dtype of a cached position, what decides
+    rounding (device type, version of torch, kernels) and, for every tensor, its name, shape, dtype
+    and 64 evenly spaced values. A 140 GB file need not be read; an edit that misses all sampled
+    values goes unnoticed.
     """
     cache = model.layers[0].attention.kv_cache
     slots, kernels = cache.k_cache, cache.has_kernels
@@ -437,7 +435,7 @@ def distributed() -> bool:
 
 
 def agree(length: int, device: torch.device) -> int:
-    """The least of the lengths that the ranks have found: they must prefill the same tokens."""
+    """The minimum over the ranks: all must prefill the same tokens."""
     if not distributed() or dist.get_world_size() == 1:
         return length
     least = torch.tensor(length, device=device)

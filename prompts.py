@@ -1,4 +1,4 @@
-"""Prompts as token ids: texts and conversations, what they begin with, what the model can take."""
+"""Prompts as token ids: texts and conversations, the shared context, and what a model accepts."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from tokenizer import Tokenizer
 
 
 def user_message(text: str) -> dict:
-    """A message of the user's, as chat templates want it."""
+    """A user message, as chat templates expect it."""
     return {"role": "user", "content": text}
 
 
 def initial_messages(args: Namespace) -> list[dict]:
-    """The messages that every conversation starts with: the context, then the system prompt."""
+    """The first message of every conversation: the context, then the system prompt."""
     content = "\n\n".join(filter(None, (args.prefill_context, args.system_prompt)))
     return [{"role": "system", "content": content}] if content else []
 
 
 def tokenize(tokenizer: Tokenizer, messages: list[dict], chat: bool) -> list[int]:
-    """The prompt that a conversation makes, in the model's chat format or as plain text."""
+    """Tokenize a conversation, in the model's chat format or as plain text."""
     if chat:
         return tokenizer.chat(messages)
     return tokenizer.encode("".join(message["content"] for message in messages))
 
 
 def read_context(args: Namespace, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of the context; a prompt's first letters may change the last of them.
+    """The tokens of the context; the last of them may merge with the start of a prompt.
 
-    In the chat format they are what the conversations of two different users share.
+    In the chat format they are the common prefix of two conversations.
     """
     if not args.prefill_context:
         return []
@@ -45,11 +45,11 @@ def read_context(args: Namespace, tokenizer: Tokenizer) -> list[int]:
     return os.path.commonprefix(chats)
 
 
-PROMPTS = ("prompt", "messages", "ids")  # keys of a request, of which it has one
+PROMPTS = ("prompt", "messages", "ids")  # a request has one of these keys
 
 
 def requested_prompt(request: dict, args: Namespace, tokenizer: Tokenizer) -> list[int]:
-    """The prompt of a request to jsonl.py; raises a `UserError` if there is not exactly one."""
+    """The prompt of a request to jsonl.py; `UserError` unless there is exactly one."""
 
     def is_message(value: Any) -> bool:
         texts = [value.get(k) for k in ("role", "content")] if isinstance(value, dict) else [None]
@@ -63,17 +63,17 @@ def requested_prompt(request: dict, args: Namespace, tokenizer: Tokenizer) -> li
             return tokenize(tokenizer, [*initial_messages(args), *messages], chat=True)
         case [("ids", [*ids])] if all(type(i) is int and i >= 0 for i in ids):
             return ids
-    kinds = "a text, messages (role and content, both texts) or ids (whole numbers)"
-    raise UserError(f"a request has one of prompt, messages and ids: {kinds}")
+    kinds = "a string, messages with role and content, or integers"
+    raise UserError(f"a request has exactly one of prompt, messages and ids: {kinds}")
 
 
 def check_prompt(prompt: list[int], model: Transformer, what: str = "prompt") -> None:
-    """Raise a `UserError` if the model cannot take this prompt."""
+    """Raise a `UserError` if the model cannot run this prompt."""
     if not prompt:
         raise UserError("the prompt is empty and this model has no BOS token; pass a text")
     if max(prompt) >= model.args.vocab_size:
         raise UserError(
-            f"the {what} has the token {max(prompt)} and the model only {model.args.vocab_size}; "
+            f"the {what} has token {max(prompt)}, the model has {model.args.vocab_size} tokens; "
             "put the model's own tokenizer beside it"
         )
     if len(prompt) > model.max_seq_length:

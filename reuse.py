@@ -1,7 +1,7 @@
-"""What the KV cache still holds of earlier texts, so that the next prompt prefills only the rest.
+"""Prefix reuse in the KV cache: a prompt prefills only what no row holds of it.
 
-A prompt shares its first tokens with the text before it in a conversation, and with its siblings
-behind a system prompt. Each row of the cache remembers the tokens that it holds.
+A prompt shares a prefix with the previous turn of its conversation, or with other prompts after the
+same system prompt. Each row of the cache keeps track of the tokens that it holds.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from linear import Int8ActivationLinear, Linear
 
 
 class CachedRows:
-    """The rows of an engine's KV cache, and the tokens that each holds, the most recent last.
+    """The tokens that each row of an engine's KV cache holds, in LRU order.
 
-    Fewer than `least` shared tokens do not count: the prefill cache has so many of each prompt.
+    A prefix shorter than `least` is not reused: the prefill cache holds that many tokens anyway.
     """
 
     def __init__(self, engine: Engine, rows: int, least: int = 0):
@@ -24,29 +24,29 @@ class CachedRows:
         self.tokens: dict[int, list[int]] = {row: [] for row in range(rows)}
 
     def forget(self) -> None:
-        """Empty all rows, after a failure: NaN would spoil what is masked, too."""
+        """Clear all rows after a failure: masked positions must not hold NaN."""
         self.tokens = {row: [] for row in self.tokens}
         for layer in self.engine.model.layers:
             layer.attention.kv_cache.k_cache.zero_()
             layer.attention.kv_cache.v_cache.zero_()
 
     def keep(self, row: int, prompt: list[int], new: list[int] = ()) -> None:
-        """Row `row`, now the one used most recently, holds a prompt and what followed it.
+        """Record that row `row` holds a prompt and its continuation; it is now most recently used.
 
-        What decoding wrote counts where a prefill would have written the same.
+        Decoded tokens count only if a prefill would have written the same bits.
         """
         self.tokens.pop(row)
         self.tokens[row] = prompt + [*new[:-1]] if self.decoded_alike else prompt  # last: not fed
 
     def shared(self, row: int, prompt: list[int]) -> int:
-        """How many first tokens of a prompt a row holds; one at least is left to be fed."""
+        """The length of a prompt's prefix that a row holds; at least one token is left to feed."""
         return len(os.path.commonprefix([self.tokens[row], prompt[:-1]]))  # it takes lists, too
 
     def place(self, prompts: list[list[int]]) -> tuple[list[int], int]:
-        """A row for each prompt, and how many first tokens of all of them these rows now hold.
+        """Assign a row to each prompt; returns the rows and the prefix length that all hold.
 
-        A prompt takes the row that shares most with it or, where another prompt has that, the one
-        used least recently. A batch starts at one position: the least that any of them shares.
+        A prompt takes the row with the longest common prefix or, if that is taken, the least
+        recently used one, into which the prefix is copied. A batch has one start: the shortest.
         """
         rows, sources, start = [], [], self.engine.model.max_seq_length
         for prompt in prompts:
@@ -63,10 +63,10 @@ class CachedRows:
 
 
 def decodes_as_it_prefills(engine: Engine) -> bool:
-    """Whether decoding writes the same bits into the KV cache as a prefill of the same tokens.
+    """Whether decoding writes the same bits into the KV cache as prefilling the same tokens.
 
-    On the CPU kernels it does where both use one arithmetic: in bf16 and int8-activation. PyTorch's
-    own operations promise nothing for another number of rows.
+    On the CPU kernels it does where both use the same arithmetic: bf16 and int8-activation.
+    PyTorch's own operations are not batch-invariant.
     """
     linears = [module for module in engine.model.modules() if isinstance(module, Linear)]
     one_step = engine.fused and engine.fused is engine.prefill_step is engine.decode_step

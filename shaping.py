@@ -1,7 +1,7 @@
-"""New tokens as text: how they are steered, where a text ends, and how likely each token was.
+"""From tokens to text: penalties and biases, stop texts, streaming, log probabilities.
 
-All of it is done by what `engine.generate` takes (`until`, `shape_logits`, `logprobs`), so it is
-the same with a draft and without, alone and in a batch. `generate.py` and `jsonl.py` share it.
+All of it goes through the arguments of `engine.generate` (`until`, `shape_logits`, `logprobs`), so
+it works alike with and without a draft, alone and in a batch. `generate.py` and `jsonl.py` use it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tokenizer import StreamDecoder, Tokenizer
 
 
 def shape(logits: Tensor, ids: list[int], start: int, args: Namespace, ends: set[int]) -> Tensor:
-    """The logits `[V]` that the token after `ids` is drawn by; the new text begins at `start`.
+    """Shape the logits `[V]` of the token after `ids`; the new text begins at `start`.
 
-    The repetition penalty is that of Keskar et al. 2019 (arXiv 1909.05858) as transformers has it,
-    presence penalty and bias are those of OpenAI's API; `ends` are the tokens that end a text.
+    The repetition penalty is that of Keskar et al. 2019 (arXiv 1909.05858) as in transformers,
+    presence penalty and bias are OpenAI's; `ends` are the EOS ids.
     """
     logits = logits.float()
 
@@ -42,13 +42,13 @@ def shape(logits: Tensor, ids: list[int], start: int, args: Namespace, ends: set
 
 
 # ------------------------------------------------------------------------------------------------
-# A text as it is made
+# A text while it is generated
 
 
 class Reply:
-    """The text that follows one prompt: its tokens, what of it may be shown, and why it ended.
+    """The text generated for one prompt: its tokens, its printable part, and why it ended.
 
-    `args` holds its settings (see settings.py), of which the seed may be another.
+    `args` holds its settings (see settings.py); `seed` overrides theirs.
     """
 
     def __init__(
@@ -74,16 +74,15 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """All that may be shown so far."""
+        """The text so far, without what is held back."""
         return "".join(self.shown)
 
     def push(self, token: Token) -> str:
-        """What a new token adds to the text, less what may be the beginning of a stop text.
+        """The text that a new token adds; what may begin a stop text is held back.
 
-        Of several stop texts, the one that is complete first ends the text, wherever the borders
-        of tokens are.
+        The stop text that is complete first ends the text, wherever token boundaries are.
         """
-        if self.args.logprobs is not None:  # another row of the batch may have asked for more
+        if self.args.logprobs is not None:  # another row may have asked for more
             token = token._replace(top=token.top[: self.args.logprobs])
         self.tokens.append(token)
         self.held += self.decoder.push(token.id)
@@ -101,13 +100,13 @@ class Reply:
         return self.show(len(self.held) - max(unsettled, default=0))
 
     def show(self, count: int) -> str:
-        """Move the first `count` held characters to the text."""
+        """Release the first `count` characters held back."""
         shown, self.held = self.held[:count], self.held[count:]
         self.shown.append(shown)
         return shown
 
     def flush(self) -> str:
-        """What is left at the end: characters held back, U+FFFD for one that was cut off."""
+        """The rest of the text: what is held back, and U+FFFD for an incomplete character."""
         self.held += "" if self.ended_by == "stop" else self.decoder.flush()
         return self.show(len(self.held))
 
@@ -126,7 +125,7 @@ class Reply:
 def run_replies(
     decode: Callable[..., Iterator[list[Token | None]]], replies: list[Reply], start: int = 0
 ) -> Iterator[list[str | None]]:
-    """Make the replies, one a row, and yield what each step adds to the text of each.
+    """Generate the replies, a row each; yields the text that each step adds to each.
 
     `decode` is `engine.generate` of an engine, or `speculate.speculate` of a speculator. The KV
     cache must hold the first `start` tokens of each prompt.
@@ -149,7 +148,7 @@ def run_replies(
 
 
 def hook(replies: list[Reply]) -> Callable[[int, list[int], Tensor], Tensor] | None:
-    """What `shape_logits` of the engine is, if any reply needs it."""
+    """The engine's `shape_logits`, if any reply needs it."""
     if not any(reply.prompt and reply.shaped() for reply in replies):
         return None
     return lambda row, ids, logits: replies[row].shape_logits(ids, logits)
@@ -160,9 +159,9 @@ def hook(replies: list[Reply]) -> Callable[[int, list[int], Tensor], Tensor] | N
 
 
 def score_prompt(engine: Engine, prompt: list[int], logprobs: int) -> list[Token]:
-    """The tokens of a prompt but the first, with their log probabilities.
+    """All tokens of a prompt but the first, with their log probabilities.
 
-    It prefills the prompt into row 0 of the KV cache, as no prefill gives logits of every position.
+    Prefills row 0 of the KV cache again: `Engine.prefill` gives logits of the last position only.
     """
     model, tokens = engine.model, []
     for begin in range(0, len(prompt) - 1, PREFILL_CHUNK):
@@ -175,14 +174,14 @@ def score_prompt(engine: Engine, prompt: list[int], logprobs: int) -> list[Token
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """The characters of one token, \\x.. for bytes that are none alone, or its special name."""
+    """The characters of one token, \\x.. for incomplete UTF-8, or the name of a special token."""
     names = (name for name, i in tokenizer.special.items() if i == token)
     text = tokenizer.token_bytes(token).decode(errors="backslashreplace")
     return text or next(names, f"<{token}>")
 
 
 def describe(tokenizer: Tokenizer, tokens: list[Token]) -> list[dict]:
-    """Tokens with log probabilities, as JSON has them."""
+    """Tokens with log probabilities, as JSON objects."""
 
     def record(token: int, logprob: float | None) -> dict:
         return {"id": token, "text": token_text(tokenizer, token), "logprob": logprob}
@@ -195,7 +194,7 @@ def describe(tokenizer: Tokenizer, tokens: list[Token]) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    """A line for each token that `describe` has described, for people."""
+    """Records of `describe` as a table, a token a line."""
 
     def quote(record: dict) -> str:
         return repr(record["text"]).replace(r"\\", "\\")

@@ -1,9 +1,9 @@
-"""Speculative decoding: a draft proposes a few tokens, one pass of the model verifies them all.
+"""Speculative decoding: a draft proposes a few tokens, one pass of the target verifies them all.
 
-The output has exactly the model's distribution (Leviathan et al. 2023, arXiv 2211.17192): greedy
-text is the text without a draft. A draft is a cheaper model, or the text itself (n-gram drafting).
-How many tokens are proposed follows the acceptance rate and the bytes that a step reads, never a
-clock, so the same seed gives the same text again, on every rank.
+The output has exactly the target's distribution (Leviathan et al. 2023, arXiv 2211.17192), so
+greedy text is the same with and without a draft. A draft is a cheaper model, or the text itself
+(n-gram drafting). The draft length follows the acceptance rate and the bytes that a step reads,
+never a clock: a seed gives the same text in every run and on every rank.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from linear import Linear
 from model import Transformer
 from tokenizer import Tokenizer
 
-# What verifying one more token costs, in units of a decoding step. For four tokens of TinyLlama's
-# shape it was 0.02 in bf16, 0.09 in int8 and 0.14 in int4 (benchmarks.md, "verify 4").
+# The cost of verifying one more token, in decoding steps. With four tokens and TinyLlama's shape it
+# was 0.02 in bf16, 0.09 in int8 and 0.14 in int4 (benchmarks.md, "verify 4").
 VERIFIED_ROW = 0.08
 
 Hook = Callable[[int, list[int], Tensor], Tensor]  # as `shape_logits` of engine.generate
 
 
 def shaped(logits: Tensor, text: list[int], ids: Tensor, hook: Hook | None) -> Tensor:
-    """Logits `[N, V]` as the hook wants them after text, text + ids[:1], …, in N rows."""
+    """Logits `[N, V]` after text, text + ids[:1], …, each row as the hook returns it."""
     if hook is None:
         return logits
     known = [text + ids[:i].tolist() for i in range(len(logits))]
@@ -50,9 +50,9 @@ def shaped(logits: Tensor, text: list[int], ids: Tensor, hook: Hook | None) -> T
 
 
 def step_cost(model: Transformer) -> int:
-    """What a decoding step costs, in bytes: decoding is memory-bound, so those that it reads.
+    """The cost of a decoding step, in bytes read: decoding is memory-bound.
 
-    PyTorch's own operations for quantized weights on CPUs are not: as if the weights were floats.
+    PyTorch's own operations for quantized weights on CPUs are not: they count as unquantized.
     """
     cost, size = model.bytes_per_step(0), model.norm.weight.element_size()
     for module in model.modules() if model.device.type == "cpu" else ():
@@ -63,17 +63,17 @@ def step_cost(model: Transformer) -> int:
 
 
 class DraftModel:
-    """Proposes tokens with a model that is cheaper to run; `vocab_size` is the target's."""
+    """Drafts with a cheaper model; `vocab_size` is the target's."""
 
     def __init__(self, engine: Engine, vocab_size: int):
         self.engine, self.vocab_size = engine, vocab_size
-        self.known = 0  # so many tokens of the text, not more, are in the cache
+        self.known = 0  # tokens of the text that are in the cache
 
     def proposal_cost(self) -> int:
         return step_cost(self.engine.model)
 
     def begin(self, start: int) -> None:
-        """A new text comes, whose first `start` tokens are those of the last one."""
+        """Begin a text whose first `start` tokens are those of the previous one."""
         self.known = self.engine.rewind(min(self.known, start))
 
     def propose(
@@ -84,12 +84,12 @@ class DraftModel:
         generator: torch.Generator,
         hook: Hook | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Up to k tokens to follow `text`, `[k]`, and what each was drawn from, `[k, V]`."""
+        """Draft up to k tokens after `text`: ids `[k]`, and the distributions `[k, V]`."""
         model = self.engine.model
-        # What was rejected stands behind the known tokens in the cache, to be overwritten.
+        # Rejected tokens stay in the cache behind the known ones, and are overwritten.
         known = self.known = self.engine.rewind(min(self.known, len(text) - 1))
-        k = max(0, min(k, model.max_seq_length + 1 - len(text)))  # the last one is not fed
-        if max(text[known:]) >= model.args.vocab_size:  # not in the draft's embedding
+        k = max(0, min(k, model.max_seq_length + 1 - len(text)))  # the last token is not fed
+        if max(text[known:]) >= model.args.vocab_size:  # beyond the draft's embedding
             k = 0
         q = torch.zeros(k, self.vocab_size, device=model.device)
         ids = torch.zeros(k, dtype=torch.int64, device=model.device)
@@ -113,7 +113,7 @@ class DraftModel:
         return ids, q
 
     def decode(self, idx: Tensor, start: int) -> Tensor:
-        """Logits `[1, V]` after tokens idx `[1, T]` that stand at `start` and behind."""
+        """Logits `[1, V]` after tokens idx `[1, T]` at positions `start` and on."""
         input_pos = torch.arange(start, start + idx.shape[1], device=idx.device)[None]
         kv_len = self.engine.model.kv_steps(start + idx.shape[1])
         return self.engine.decode(idx, input_pos, kv_len).logits[:, -1]
@@ -122,16 +122,15 @@ class DraftModel:
 def load_draft(
     path: Path, model: Transformer, tokenizer: Tokenizer, precision: str, shard: Any = None
 ) -> Transformer:
-    """The draft in the file `path`, with a cache for what the model's holds; UserError if it is
-    not one for this model."""
+    """Load a draft, with a KV cache as long as the model's; UserError if vocabularies differ."""
     draft, other = load(path, model.device, precision, shard)
     if other.pieces != tokenizer.pieces:
         i = min(i for i, _ in other.pieces.items() ^ tokenizer.pieces.items())
-        meanings = f"{other.pieces.get(i)!r} to the draft, {tokenizer.pieces.get(i)!r} to the model"
-        raise UserError(f"token {i} is {meanings}; take a draft with the model's vocabulary")
+        meanings = f"{other.pieces.get(i)!r} in the draft, {tokenizer.pieces.get(i)!r} in the model"
+        raise UserError(f"token {i} is {meanings}; use a draft with the model's vocabulary")
     if draft.args.vocab_size < tokenizer.vocab_size:
         sizes = f"{draft.args.vocab_size} tokens and the vocabulary {tokenizer.vocab_size}"
-        raise UserError(f"the draft's embedding has {sizes}; take a draft that knows them all")
+        raise UserError(f"the draft's embedding has {sizes}; use a draft with all of them")
     allocate_cache(draft, 1, min(model.max_seq_length, draft.args.block_size))
     return draft
 
@@ -150,7 +149,7 @@ class PromptLookup:
         return 0
 
     def begin(self, start: int) -> None:
-        """A new text comes."""
+        """Begin a new text."""
         self.seen, self.follows = 1, {}  # where the latest token after each n-gram stands
 
     def propose(
@@ -161,7 +160,7 @@ class PromptLookup:
         generator: torch.Generator,
         hook: Hook | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `DraftModel.propose`, in one-hot distributions; none where nothing is repeated."""
+        """As `DraftModel.propose`, with one-hot distributions; no tokens without a match."""
         for place in range(self.seen, len(text)):
             for n in (3, 2):
                 self.follows[tuple(text[max(place - n, 0) : place])] = place
@@ -169,7 +168,7 @@ class PromptLookup:
         places = (self.follows.get(tuple(text[-n:])) for n in (3, 2))
         place = next((place for place in places if place), None)
         found = [] if place is None else text[place : place + k]
-        while place is not None and len(found) < k:  # it goes on into what it proposes
+        while place is not None and len(found) < k:  # the match runs into its own continuation
             found += found[: k - len(found)]
         ids = torch.tensor(found, dtype=torch.int64, device=self.device)
         q = torch.zeros(len(ids), self.vocab_size, device=self.device)
@@ -177,13 +176,13 @@ class PromptLookup:
 
 
 def verify(p: Tensor, ids: Tensor, q: Tensor, generator: torch.Generator) -> Tensor:
-    """Accept the first of the proposed tokens and draw one more, so that all are drawn from p.
+    """Accept a prefix of the draft and draw one more token, so that all are distributed as p.
 
-    ids `[k]` were drawn from q `[k, V]`; p `[k + 1, V]` is what the model gives after each, and
-    before the first. Token i is accepted with probability min(1, p/q); the first that is not is
-    replaced by a draw from max(0, p - q); after the last, one is drawn from p. The result has the
-    distribution p (Leviathan et al. 2023, arXiv 2211.17192, theorem 1). Returns `[k + 1]`: the
-    accepted ids, the token drawn, and -1 in the places left.
+    ids `[k]` were drawn from q `[k, V]`; p `[k + 1, V]` are the target's distributions before each
+    and after the last. Token i is accepted with probability min(1, p/q); the first rejected one is
+    replaced by a draw from max(0, p - q); if all are accepted, one more is drawn from p (Leviathan
+    et al. 2023, arXiv 2211.17192, theorem 1). Returns `[k + 1]`: the accepted ids, the drawn token,
+    then -1.
     """
     chance = torch.rand(len(ids), device=p.device, generator=generator)
     at = ids.unsqueeze(1)
@@ -191,18 +190,17 @@ def verify(p: Tensor, ids: Tensor, q: Tensor, generator: torch.Generator) -> Ten
     count = accepted.long().cumprod(0).sum().view(1)
     p = p.index_select(0, count)
     rest = (p - F.pad(q, (0, 0, 0, 1)).index_select(0, count)).clamp_(min=0)
-    rest = torch.where(rest.sum() > 0, rest, p)  # rounding may leave nothing
+    rest = torch.where(rest.sum() > 0, rest, p)  # p = q up to rounding
     places = torch.arange(len(ids) + 1, device=ids.device)
     result = F.pad(ids, (0, 1)).masked_fill(places > count, -1)
     return result.scatter(0, count, draw(rest, generator)[0])
 
 
 class Speculator:
-    """A model and what drafts for it: up to k tokens a step, or fewer while that is faster.
+    """A target and its draft: up to k tokens a step, fewer where that is faster.
 
-    The draft length is the one with the most expected tokens a second, by the acceptance rate of
-    late and the cost of a step in bytes. A proposal costs what the draft reads over what the target
-    reads, and VERIFIED_ROW for its verification.
+    The draft length maximizes the expected tokens a second, from the recent acceptance rate and the
+    cost of a step. A drafted token costs the draft's bytes over the target's, and VERIFIED_ROW.
     """
 
     def __init__(
@@ -212,28 +210,28 @@ class Speculator:
         k: int,
         agree: Callable[[Callable[[], float]], float] = lambda make: make(),
     ):
-        """`agree` gives all ranks of tensor parallelism the value of one: they hold other bytes."""
+        """`agree` broadcasts rank 0's value: the shards of the ranks differ in size."""
         self.engine, self.draft, self.k = engine, draft, k
         self.engines = [engine] + ([draft.engine] if draft.engine else [])
         share = agree(lambda: draft.proposal_cost() / step_cost(engine.model))
-        self.costs = [1 + n * (share + VERIFIED_ROW) for n in range(k + 1)]  # of n proposals
+        self.costs = [1 + n * (share + VERIFIED_ROW) for n in range(k + 1)]  # by draft length
         self.begin(0)
 
     def begin(self, start: int) -> None:
-        """A new text comes, whose first `start` tokens are those of the last one."""
+        """Begin a text whose first `start` tokens are those of the previous one."""
         self.draft.begin(start)
-        self.histogram = [0] * (self.k + 1)  # steps of this text that accepted so many
-        self.hits, self.trials, self.idle = 3.5, 5.0, 0  # a guess, until something is known
+        self.histogram = [0] * (self.k + 1)  # steps of this text, by accepted tokens
+        self.hits, self.trials, self.idle = 3.5, 5.0, 0  # the prior of the acceptance rate
 
     def draft_length(self) -> int:
-        """How many tokens to ask for."""
+        """The number of tokens to draft next."""
         rate = self.hits / self.trials
-        tokens = itertools.accumulate(rate**k for k in range(self.k + 1))  # expected of a step
+        tokens = itertools.accumulate(rate**k for k in range(self.k + 1))  # expected a step
         speeds = [n / cost for n, cost in zip(tokens, self.costs, strict=True)]
         k = speeds.index(max(speeds))
         self.idle = 0 if k else self.idle + 1
-        may_pay = self.costs[1] < 2  # if every proposal were accepted
-        return 1 if may_pay and self.idle % 16 == 15 else k  # look whether it pays again
+        may_pay = self.costs[1] < 2  # if every token were accepted
+        return 1 if may_pay and self.idle % 16 == 15 else k  # probe the acceptance rate again
 
     def record(self, accepted: int, proposed: int) -> None:
         """Update the decayed acceptance rate."""
@@ -251,7 +249,7 @@ class Speculator:
         logprobs: int | None = None,
         hook: Hook | None = None,
     ) -> tuple[list[Token], int]:
-        """The next one to k + 1 tokens of `text`, and how many had been proposed."""
+        """The next 1 to k + 1 tokens of `text`, and how many were drafted."""
         model = self.engine.model
         ids, q = self.draft.propose(text, k, sampling, generator, hook)
         idx = torch.cat((ids.new_tensor(text[-1:]), ids)).unsqueeze(0)  # [1, 1 + k]
@@ -276,7 +274,7 @@ def speculate(
     logprobs: int | None = None,
     shape_logits: Hook | None = None,
 ) -> Iterator[list[Token]]:
-    """`engine.generate` for a single prompt: the same distribution, in fewer steps."""
+    """`engine.generate` for one prompt: the same distribution in fewer steps."""
     engine, (prompt,), (seed,) = speculator.engine, prompts, seeds
     (sampling,) = sampling if isinstance(sampling, list) else [sampling]
     generator = torch.Generator(engine.model.device).manual_seed(seed)

@@ -1,11 +1,11 @@
-"""Tensor parallelism: one model on several processes, each with its part of every matrix.
+"""Tensor parallelism: one model on several processes, each with a slice of every matrix.
 
     torchrun --standalone --nproc_per_node=2 generate.py --compile --checkpoint_path …/model.pth
 
-The cut is Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053): a rank makes some of the heads, of
-the hidden units and of the logits (rows of `wqkv`, `w1`, `w3` and `output`), and multiplies them by
-its columns of `wo` and `w2`. So a layer needs two sums over the ranks and a step one gathering of
-logits. NCCL carries them on CUDA and ROCm, gloo on CPUs. Every rank then draws the same token.
+The slicing is Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053): a rank computes some heads,
+hidden units and logits (rows of `wqkv`, `w1`, `w3` and `output`) and multiplies them by its columns
+of `wo` and `w2`. That takes two all-reduces a layer and one all-gather of logits a step, by NCCL on
+CUDA and ROCm and by gloo on CPUs. Every rank then draws the same token.
 """
 
 from __future__ import annotations
@@ -39,26 +39,24 @@ ops = torch.ops._c10d_functional  # unlike dist.all_reduce, torch.compile sees t
 
 BY_ROWS = ("wq", "wk", "wv", "wqkv", "w1", "w3", "output", "q", "k")  # q, k: of a FlatNorm
 BY_COLUMNS = ("wo", "w2")
-BEAT, SILENCE = 2, 20  # seconds between signs of life, and without one until a rank counts as dead
-FOREVER = datetime.timedelta(days=20)  # in which a user types a line
+BEAT, SILENCE = 2, 20  # seconds between heartbeats, and without one until a rank counts as dead
+FOREVER = datetime.timedelta(days=20)  # for a user to type a line
 
 # ------------------------------------------------------------------------------------------------
-# The ranks: beginning and end, and what one knows and all need
+# The ranks: start, end, heartbeats, and values that rank 0 broadcasts
 
 
 def init(name: str | None) -> tuple[torch.device, Shard | None]:
-    """The device of this process and, if torchrun started several, its share of the model.
+    """The device of this process and, under torchrun, its shard of the model.
 
-    `name` is that of `--device`. Raises `UserError` if the others do not come within TP_TIMEOUT.
+    `name` is that of `--device`. Raises `UserError` if the ranks do not all join in TP_TIMEOUT.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return find_device(name), None
     name = name or os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     if ":" in name:
-        raise UserError(
-            f"each process takes a device of its own; pass --device {name.split(':')[0]}"
-        )
+        raise UserError(f"each process has a device of its own; pass --device {name.split(':')[0]}")
     device = find_device(name if name == "cpu" else f"{name}:{os.environ.get('LOCAL_RANK', 0)}")
     options: dict = {"timeout": datetime.timedelta(seconds=timeout())}
     if device.type != "cpu":
@@ -78,7 +76,7 @@ def init(name: str | None) -> tuple[torch.device, Shard | None]:
 
 
 def shutdown(shard: Shard | None) -> None:
-    """Leave together, so that nobody is missed."""
+    """Wait for all ranks, then leave: none is to count as dead."""
     if shard:
         dist.barrier()
         shard.done.set()
@@ -115,7 +113,7 @@ def leave(shard: Shard | None, error: BaseException) -> None:
 
 
 def timeout() -> float:
-    """Seconds that ranks wait for each other: minutes, as a cold disk or compiler may delay one."""
+    """Seconds that ranks wait for each other: minutes, as a cold disk or a compiler may take."""
     try:
         return number(float, 1, 1e6)(os.environ.get("TP_TIMEOUT", "600"))
     except ArgumentTypeError as error:
@@ -123,9 +121,9 @@ def timeout() -> float:
 
 
 def store() -> dist.Store:
-    """A connection of its own to the key-value store of this run, which torchrun or rank 0 keeps.
+    """A new connection to this run's key-value store, which torchrun or rank 0 hosts.
 
-    One connection serves one thread, and waits without holding up the collectives'.
+    A blocking call blocks its connection: each thread has its own, apart from the collectives'.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     tcp = dist.TCPStore(address, port, timeout=datetime.timedelta(seconds=SILENCE))
@@ -133,24 +131,25 @@ def store() -> dist.Store:
 
 
 def send_heartbeats(shard: Shard, beats: dist.Store) -> None:
-    """Send heartbeats, and note when those of the other ranks were new."""
+    """Send heartbeats, and record when each rank last sent one."""
     counts = [0] * shard.world
     while not shard.done.wait(BEAT):
         for rank in range(shard.world):
             try:
                 count = beats.add(f"alive/{rank}", int(rank == shard.rank))
-            except RuntimeError:  # the store is gone, and with it the process that keeps it
+            except RuntimeError:  # the store is gone, and with it the process that hosts it
                 return
             if count > counts[rank]:
                 counts[rank], shard.heard[rank] = count, time.monotonic()
 
 
 def watch_heartbeats(shard: Shard) -> None:
-    """End this process when another rank falls silent: a collective would wait for it in vain.
+    """End this process when another rank falls silent: its collectives would never return.
 
-    torchrun ends what it has started itself when a rank dies. This is for ranks on other machines,
-    for those that hang, and for NCCL, which may spin where gloo sees a closed connection. When the
-    one that keeps the store hangs, `send_heartbeats` does, and all fall silent.
+    torchrun ends only its own ranks, and only when one dies. The process group's timeout is not
+    enough: NCCL does not watch collectives that a CUDA graph replays, and a rank that waits for a
+    typed line is in no collective. When the host of the store hangs, so does `send_heartbeats`, and
+    all ranks fall silent.
     """
     while not shard.done.wait(BEAT):
         silent = [time.monotonic() - heard > SILENCE for heard in shard.heard]
@@ -161,9 +160,9 @@ def watch_heartbeats(shard: Shard) -> None:
 
 
 def broadcast_from_rank0(make: Callable):
-    """What `make()` returns on rank 0, on every rank: text that was typed, a time measured, …
+    """The JSON value that `make()` returns on rank 0, on every rank: a typed line, a measured time.
 
-    It has to be a JSON value. Unlike a collective, waiting for it has no end, as a user has time.
+    Unlike a collective it waits without a timeout: a user may take hours.
     """
     if not dist.is_initialized():
         return make()
@@ -176,7 +175,7 @@ def broadcast_from_rank0(make: Callable):
 
 
 def in_turn(make: Callable):
-    """`make()`, called by one rank after the other: the first works, the rest finds it done."""
+    """`make()` on one rank after the other: the first does the work, the others find it done."""
     if not dist.is_initialized():
         return make()
     for rank in range(dist.get_world_size()):
@@ -187,11 +186,11 @@ def in_turn(make: Callable):
 
 
 # ------------------------------------------------------------------------------------------------
-# The share of one rank
+# The shard of one rank
 
 
 def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int, path: Path) -> None:
-    """Raise a `UserError` that says what fits, unless the model can be cut into `world` parts."""
+    """Raise a `UserError` with the world sizes that fit, unless `world` does."""
     counts = {"KV heads": math.gcd(*(kind.n_local_heads for kind in args.kinds))}
     counts |= {"heads": math.gcd(*(kind.n_head for kind in args.kinds))}
     counts["columns of w2"] = args.intermediate_size
@@ -211,18 +210,18 @@ def check_sizes(args: ModelArgs, state: dict[str, Tensor], world: int, path: Pat
 
 
 class Shard:
-    """What one rank holds of a model: `slice_state` before loading, `add_collectives` after it."""
+    """One rank's part of a model: `slice_state` before loading, `add_collectives` after it."""
 
     def __init__(self, device: torch.device):
         self.device, self.rank, self.world = device, dist.get_rank(), dist.get_world_size()
         self.group, self.done = dist.group.WORLD.group_name, threading.Event()
-        self.heard = [time.monotonic()] * self.world  # when each rank gave its last sign of life
+        self.heard = [time.monotonic()] * self.world  # when each rank sent its last heartbeat
 
     def slice_state(self, model: Transformer, state: dict[str, Tensor], path: Path) -> Transformer:
-        """The rank's part of the model in `path`, on the meta device; `state` becomes its tensors.
+        """This rank's model on the meta device; the tensors in `state` are replaced by its slices.
 
-        Heads and hidden units are fewer, so the model's args are the rank's own. The embedding is
-        looked up, not multiplied, and stays whole.
+        It has fewer heads and hidden units, so its args are the rank's own. The embedding is
+        replicated: a lookup costs nothing.
         """
         args = model.args
         check_sizes(args, state, self.world, path)
@@ -237,21 +236,21 @@ class Shard:
         return model
 
     def share(self, size: int) -> int:
-        """Logits of `size` that a rank makes: whole sixteens, as kernels want them."""
+        """How many of `size` logits a rank computes: a multiple of 16, for the kernels."""
         return -(-size // (16 * self.world)) * 16
 
     def vocabulary(self, size: int) -> range:
-        """Which logits this rank makes; the last rank may have fewer than the others."""
+        """The logits this rank computes; the last rank may have fewer than the others."""
         share = self.share(size)
         return range(size)[self.rank * share : (self.rank + 1) * share]
 
     def slice_tensor(
         self, key: str, tensor: Tensor, heads: tuple[int, int, int], leading: int = 0
     ) -> Tensor:
-        """The rank's part of a stored tensor: a view of the mapped file where it can be one.
+        """This rank's slice of a stored tensor: a view of the mapped file where possible.
 
-        Before the dimensions of a Linear stand `leading` others; a rank has a part of every expert.
-        A tensor without the dimensions it should have stays whole; `check_state` will name it.
+        A stack of experts has `leading` dimensions before those of a Linear; every expert is
+        sliced. A tensor with missing dimensions stays whole; `check_state` will name it.
         """
         name, _, kind = key.rpartition(".")
         layer = name.rpartition(".")[2]
@@ -259,7 +258,7 @@ class Shard:
             dim = int(kind == "scales_and_zeros")
         elif layer in BY_COLUMNS and kind in ("weight", "scales_and_zeros"):
             dim = int(kind == "weight")
-        else:  # a bias is added to one rank's products only
+        else:  # after an all-reduce a bias must count once, so rank 0 adds it
             once = layer in BY_COLUMNS and kind == "bias" and self.rank > 0
             return torch.zeros_like(tensor) if once else tensor
         dim += leading
@@ -269,7 +268,7 @@ class Shard:
         if layer == "output":
             rows = self.vocabulary(size)
             return tensor.narrow(dim, rows.start, len(rows))
-        parts = heads if layer == "wqkv" else (1,)  # q, k and v are cut each for itself
+        parts = heads if layer == "wqkv" else (1,)  # q, k and v are sliced separately
         if size % (sum(parts) * self.world):
             return tensor
         parts = tensor.split([size * part // sum(parts) for part in parts], dim)
@@ -278,9 +277,9 @@ class Shard:
         return whole.to(self.device).contiguous()
 
     def add_collectives(self, model: Transformer, tied: bool) -> None:
-        """Add the collectives to a loaded model, as hooks of its layers."""
+        """Add the collectives to a loaded model, as forward hooks."""
         size = model.args.vocab_size
-        if tied:  # the rows of the embedding, not a second copy of them
+        if tied:  # a view of the embedding, not a copy
             rows = self.vocabulary(size)
             part = model.tok_embeddings.weight[rows.start : rows.stop]
             model.output.weight = nn.Parameter(part, requires_grad=False)
@@ -294,17 +293,17 @@ class Shard:
         model.output.register_forward_hook(lambda _module, _x, y: self.gather(y, size))
 
     def reduce(self, x: Tensor, operation: str) -> Tensor:
-        """The sum or the maximum of all ranks' x."""
+        """All-reduce x by "sum" or "max"."""
         return ops.wait_tensor(ops.all_reduce(x, operation, self.group))
 
     def gather(self, x: Tensor, size: int) -> Tensor:
-        """All logits `[B, T, size]` of each rank's `[B, T, part]`."""
+        """All-gather logits `[B, T, part]` of each rank into `[B, T, size]`."""
         x = F.pad(x, (0, self.share(size) - x.shape[-1])).contiguous()
         x = ops.wait_tensor(ops.all_gather_into_tensor(x, self.world, self.group))
         return x.unflatten(0, (self.world, -1)).movedim(0, 2).flatten(2)[..., :size]
 
     def cost(self, model: Transformer, rows: int) -> dict[str, float]:
-        """What a decoding step of `rows` rows puts into its collectives, and their time alone."""
+        """Bytes and time of the collectives in a decoding step of `rows` rows, run alone."""
         like, size = model.norm.weight, model.args.vocab_size
         calls = [(self.gather, like.new_zeros(rows, 1, len(self.vocabulary(size))), size)]
         for _ in summed(model):
@@ -319,11 +318,11 @@ class Shard:
             for _ in norms_of_all_heads(model)
         ]
         for step in range(11):
-            if step == 1:  # the first is to warm up
+            if step == 1:  # step 0 warms up
                 began = time.perf_counter()
             for function, x, option in calls:
                 function(x, option)
-            self.reduce(like.new_zeros(1), "sum").item()  # waits for the device
+            self.reduce(like.new_zeros(1), "sum").item()  # synchronizes with the device
         return {
             "communication_bytes_per_token": sum(x.nbytes for _, x, _ in calls),
             "communication_ms_per_token": (time.perf_counter() - began) * 100,
@@ -331,18 +330,18 @@ class Shard:
 
 
 def norms_of_all_heads(model: Transformer) -> list[AllHeadsNorm]:
-    """The norms whose mean is taken over the ranks."""
+    """The norms whose mean square is averaged over the ranks."""
     return [module for module in model.modules() if isinstance(module, AllHeadsNorm)]
 
 
 def by_columns(model: Transformer) -> list[Linear]:
-    """The Linears of which a rank has some columns."""
+    """The Linears that are sliced by columns."""
     modules = model.named_modules()
     return [m for n, m in modules if n.endswith(BY_COLUMNS) and isinstance(m, Linear)]
 
 
 def summed(model: Transformer) -> list[nn.Module]:
-    """The modules whose outputs are summed over the ranks; experts are added up before."""
+    """The modules whose outputs are all-reduced; experts are summed locally first."""
     ffns = [layer.feed_forward for layer in model.layers]
     ffns = [ffn.w2 if isinstance(ffn, FeedForward) else ffn for ffn in ffns]
     return [layer.attention.wo for layer in model.layers] + ffns

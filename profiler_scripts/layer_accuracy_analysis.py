@@ -38,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, read_json, replacing, run
+from cli import Parser, UserError, number, output_file, read_json, replaced, replacing, run
 from engine import load
 from eval import Evaluator, lm_eval
 from linear import Linear, linear_for
@@ -535,21 +535,24 @@ def write_all(args: Namespace, layers: list[dict], models: list[dict], sizes: st
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add = parser.group("model")
     add("--model_path", type=Path, required=True, help="a bf16 model.pth")
-    add("--report_file", type=output_file, required=True, help="ends in .txt, .md, .csv or .png")
+    add("--device", help="cpu, cuda, cuda:1, … (default: $DEVICE, else cuda if available)")
+    add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="of int4 (default: 32)")
+    add = parser.group("measurement")
     add("--metric", default="kl", help="kl, perplexity, or the name of an lm-eval task")
     add("--text", type=Path, default=README, help="half of it ranks (default: README)")
     add("--include_path", type=Path, metavar="DIR", help="a folder with further lm-eval tasks")
     add("--limit", type=number(int, 2), default=8, help="sequences or documents of each half")
     add("--max_seq_length", type=number(int, 2), default=256, help="tokens of a sequence")
-    add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="of int4")
+    add = parser.group("choice")
     budget = "bits a weight of all Linears (default: those of quantize.py's hybrid)"
     add("--budget", type=number(float, 0, 16), metavar="BITS", help=budget)
-    add("--layers_file", type=output_file, metavar="OUT", help="write the int8 layers, one a line")
-    about = "chance choices of as many bytes to compare with (default: 10)"
+    about = "random choices of as many bytes to compare with (default: 10)"
     add("--random_choices", type=number(int, 2), default=10, metavar="N", help=about)
-    add("--device", help="cpu, cuda, cuda:1, … (default: $DEVICE, else cuda if there is one)")
+    add = parser.group("output")
+    add("--report_file", type=output_file, required=True, help="ends in .txt, .md, .csv or .png")
+    add("--layers_file", type=output_file, metavar="OUT", help="write the int8 layers, one a line")
     return parser
 
 
@@ -584,7 +587,7 @@ def main(args: Namespace) -> None:
         sizes = f"2 parts of {len(losses.documents['ranking'])} documents"
     variants = make_variants(model, args.groupsize)
     hybrid = built_in_hybrid([*variants.modules["int4"]])
-    args.budget = find_budget(args, variants, hybrid)
+    args = replaced(args, budget=find_budget(args, variants, hybrid))
     found = measure(variants, losses, state, state_file(args.report_file))
     layers = rank(variants, found)
     room = args.budget * variants.weights / 8

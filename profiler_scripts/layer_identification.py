@@ -87,7 +87,7 @@ def add_ranking(rows: list[dict], path: Path) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add = parser.group("checkpoint and report")
     add("--model_path", type=Path, required=True, help="any checkpoint")
     add("--report_file", type=Path, help="a report of layer_accuracy_analysis.py, to read")
     return parser

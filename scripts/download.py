@@ -1,5 +1,7 @@
 """Download what is needed of a model from the Hugging Face hub into `checkpoints/<org>/<name>`.
 
+    python scripts/download.py --repo_id HuggingFaceTB/SmolLM2-360M-Instruct
+
 That is the configuration, the tokenizer, and the weights once: safetensors if there are any, else
 `pytorch_model*.bin`. What is there already is not fetched again. The folder is printed last.
 """
@@ -169,5 +171,7 @@ if __name__ == "__main__":
     parser.add_argument("--repo_id", required=True, help="org/name, as in the model's URL")
     parser.add_argument("--hf_token", help="for gated and private models (default: $HF_TOKEN)")
     parser.add_argument("--revision", help="a branch, tag or commit (default: main)")
-    parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"))
+    parser.add_argument(
+        "--checkpoint_dir", type=Path, default=Path("checkpoints"), help="(default: checkpoints)"
+    )
     run(main, parser)

@@ -35,7 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, replacing, run
+from cli import Parser, UserError, number, output_file, replaced, replacing, run
 from engine import synchronize
 from linear import kernels_for
 from scripts import gpu_correctness as correctness
@@ -222,7 +222,7 @@ def work(args: Namespace, file: Path, began: float) -> None:
     """Run the stages and append each row to the file; what has one there is not run again."""
     done = {(row["stage"], row["cell"]) for row in recorded(file)}
     if not has_dependent_launch(args.device):
-        args.modes = [mode for mode in args.modes if mode != "pdl"]
+        args = replaced(args, modes=[mode for mode in args.modes if mode != "pdl"])
     for name in args.stages:
         for row in run_stage(name, args, began, done):
             with file.open("a") as stream:
@@ -361,7 +361,7 @@ def checkout(text: str) -> Path:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add = parser.group("measurement")
     add("--budget", type=number(float, 0), default=540, help="seconds for everything (540)")
     add("--device", default="cuda", help="cuda, cuda:1; cpu with --shapes tiny tries the script")
     add("--stages", type=several(STAGES), default=[*STAGES], help=f"of {', '.join(STAGES)}")
@@ -369,6 +369,7 @@ def make_parser() -> Parser:
     shapes = ["llama-3-8b", "llama-2-7b"]
     add("--shapes", type=several(SHAPES), default=shapes, help="for speed: PRESETS or tiny")
     add("--before", type=checkout, metavar="DIR", help="a checkout whose own speed stage runs, too")
+    add = parser.group("output")
     add("--json", type=output_file, metavar="FILE", help="write all rows as JSON")
     add("--markdown", type=output_file, metavar="FILE", help="write the report here, too")
     return parser
@@ -377,11 +378,11 @@ def make_parser() -> Parser:
 def main(args: Namespace) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA device; --device cpu --shapes tiny tries the script")
-    args.device, began = find_device(args.device), time.time()
+    args, began = replaced(args, device=find_device(args.device)), time.time()
     if args.device.type == "cpu" and args.shapes != ["tiny"]:
         raise UserError(f"{args.shapes[0]} takes hours on a CPU; add --shapes tiny")
     if not args.before:
-        args.stages = [name for name in args.stages if name != "before"]
+        args = replaced(args, stages=[name for name in args.stages if name != "before"])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # compile cold
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
         file = Path(folder, "rows.jsonl")

@@ -134,15 +134,15 @@ def read_contexts(paths: list[Path], tokenizer: Tokenizer) -> list[list[int]]:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add_model_flags(parser)
-    add = parser.add_argument
+    add = add_model_flags(parser)
+    add("--compile", action="store_true", help="compile one transformer block for all layers")
+    add = parser.group("measurement")
     files = sorted((Path(__file__).resolve().parents[1] / "context").glob("*.txt"))
     about = "text files, one context each (default: context/*.txt)"
     add("--contexts", type=Path, nargs="+", default=files, metavar="FILE", help=about)
     add("--prompt", default="In one sentence:", help="what follows each context")
     add("--runs", type=number(int, 1), default=10, help="runs of each kind, after one to warm up")
-    add("--max_new_tokens", type=number(int, 2), default=32)
-    add("--compile", action="store_true", help="compile one transformer block for all layers")
+    add("--max_new_tokens", type=number(int, 2), default=32, help="of each run (default: 32)")
     add("--output", type=output_file, metavar="FILE", help="write the table")
     return parser
 

@@ -187,7 +187,7 @@ def test_a_draft_and_its_model_are_warmed_up_for_all_that_they_may_run(monkeypat
     lookup = ["--compile", "--prompt_lookup", "--speculate_k", "20"]
     for draft, flags in ((models[1], lookup), (None, lookup), (None, ["--compile"])):
         args = generate_file.make_parser().parse_args(flags)
-        generate_file.check_flags(args)
+        args = generate_file.with_defaults(args)
         args.batch_size = 1
         generate_file.start_engines(models[0], draft, args)
     assert warmed == [(1, 21), (1, FEW_ROWS), (1, 21), (1, 1)]

@@ -131,27 +131,27 @@ WRONG = [
     ({"ids": [1, True]}, "one of prompt"),
     ({"ids": [1, -1]}, "one of prompt"),
     ({"ids": []}, "the prompt is empty"),
-    ({"ids": [1, 300]}, "has the token 300"),
+    ({"ids": [1, 300]}, "has token 300"),
     ({"ids": [1] * 513}, "513 tokens and the cache 512 positions"),
     ({"messages": []}, "one of prompt"),
     ({"messages": [{"role": "user"}]}, "one of prompt"),
     ({"messages": [5]}, "one of prompt"),
     ({"prompt": "a", "max_tokens": 5}, "no key 'max_tokens'"),
     ({"prompt": "a", "checkpoint_path": "x"}, "no key 'checkpoint_path'"),
-    ({"prompt": "a", "temperature": "1"}, 'temperature: "1" is of another type'),
+    ({"prompt": "a", "temperature": "1"}, 'temperature: "1" has the wrong type'),
     ({"prompt": "a", "temperature": -1}, "temperature: '-1' is not a number from 0 to 100"),
     ({"prompt": "a", "temperature": float("nan")}, "temperature: 'nan'"),
     ({"prompt": "a", "top_k": 2.5}, "top_k: '2.5' is not a whole number"),
-    ({"prompt": "a", "top_k": True}, "top_k: true is of another type"),
-    ({"prompt": "a", "seed": [1]}, "seed: [1] is of another type"),
+    ({"prompt": "a", "top_k": True}, "top_k: true has the wrong type"),
+    ({"prompt": "a", "seed": [1]}, "seed: [1] has the wrong type"),
     ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens: '0'"),
-    ({"prompt": "a", "stop": "x"}, 'stop: "x" is of another type'),
-    ({"prompt": "a", "stop": [1]}, "stop: [1] is of another type"),
+    ({"prompt": "a", "stop": "x"}, 'stop: "x" has the wrong type'),
+    ({"prompt": "a", "stop": [1]}, "stop: [1] has the wrong type"),
     ({"prompt": "a", "stop": [""]}, "stop: an empty text"),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias: 'x' is not"),
-    ({"prompt": "a", "logit_bias": {"300": 1}}, "the model has 0 to 299"),
-    ({"prompt": "a", "logit_bias": [5]}, "logit_bias: [5] is of another type"),
-    ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs: 1 is of another type"),
+    ({"prompt": "a", "logit_bias": {"300": 1}}, "the model's are 0 to 299"),
+    ({"prompt": "a", "logit_bias": [5]}, "logit_bias: [5] has the wrong type"),
+    ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs: 1 has the wrong type"),
     ({"prompt": "a", "logprobs": 301}, "the model has only 300 tokens"),
 ]
 
@@ -335,7 +335,7 @@ def test_the_commands_of_the_documentation_work(checkpoint):
         line = line.replace("python generate.py", f"{shlex.join(python())} generate.py {flags}")
         done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
         found = last([json.loads(record) for record in done.stdout.splitlines()])
-        assert [*found] == [*range(1, count + 1)], done.stderr
+        assert sorted(found) == [*range(1, count + 1)], done.stderr
         assert all("reason" in record for record in found.values())
 
 

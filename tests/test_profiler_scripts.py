@@ -229,6 +229,7 @@ def test_checkpoints_side_by_side(run, folder, hybrid, tmp_path):
 
 
 DECODE_TOTAL = ("Decode", "total")
+COMPILED = ["--compile", "--precision", "float32"]  # where a fused step serves, none is compiled
 
 
 def test_the_time_of_linears_is_the_wall_time_they_take(folder, monkeypatch, tmp_path, run):
@@ -262,7 +263,7 @@ def test_the_time_of_linears_is_the_wall_time_they_take(folder, monkeypatch, tmp
     "compile",
     [
         pytest.param([], id="eager"),
-        pytest.param(["--compile"], id="compiled", marks=pytest.mark.slow),
+        pytest.param(COMPILED, id="compiled", marks=pytest.mark.slow),
     ],
 )
 def test_traces_of_generate_are_read(run, hybrid, tmp_path, compile):
@@ -291,14 +292,49 @@ def test_traces_of_generate_are_read(run, hybrid, tmp_path, compile):
 def test_nothing_of_the_ranges_stays(folder):
     model = load_model(folder / "model.pth", "cpu")
     model.setup_caches(1, 64)
-    running, rope = engine.Engine(model), sys.modules["model"].apply_rotary_emb
+    running = engine.Engine(model)
+    before = dict(vars(running))
     with pytest.raises(ZeroDivisionError), traced(running):
         running.prefill([[1, 2, 3]])
-        assert running.decode_step is not model
+        assert running.decode_step is not before["decode_step"]
         raise ZeroDivisionError
-    assert running.decode_step is model and running.prefill_step is model
-    assert not hasattr(engine.sample, "__wrapped__") and not hasattr(rope, "__wrapped__")
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert {**vars(running), "cached_tokens": 0} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_ranges_end_when_a_module_raises(folder):
+    model = load_model(folder / "model.pth", "cpu")
+    model.setup_caches(1, 64)
+    running = engine.Engine(model)
+    with traced(running), torch.profiler.profile() as profiler:
+        with pytest.raises(IndexError):
+            running.prefill([[10**6]])  # not in the embedding
+        running.prefill([[1, 2, 3]])
+    steps = [e for e in profiler.events() if e.name == title("Prefill")]
+    assert len(steps) == 2 and steps[0].time_range.end <= steps[1].time_range.start
+    embedding = title("Embedding", name="tok_embeddings")
+    assert sum(e.name == embedding for e in profiler.events()) == 2
+
+
+@pytest.mark.slow
+def test_ranges_compile_nothing_anew_and_survive_compilation(folder):
+    torch.compiler.reset()
+    model = load_model(folder / "model.pth", "cpu", torch.float32)
+    model.setup_caches(1, 64)
+    running, cold = engine.Engine(model, "block"), engine.Engine(model, "block")
+    prompt, options = [5, 9, 200], {"until": lambda _row, _id: False, "seeds": [0]}
+    greedy = engine.Sampling(temperature=0)
+
+    def text(engine_):
+        return [step[0].id for step in engine.generate(engine_, [prompt], greedy, 4, **options)]
+
+    running.warm_up(1)
+    expected = text(running)
+    with torch.compiler.set_stance("fail_on_recompile"), traced(running):
+        assert text(running) == expected
+    torch.compiler.reset()
+    with traced(cold):
+        assert text(cold) == expected
 
 
 # ---- What int4 costs ---------------------------------------------------------------------------

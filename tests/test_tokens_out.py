@@ -427,7 +427,7 @@ def test_shaped_samples_with_a_draft_have_the_shaped_distribution():
         (["--logit_bias", "7"], "'7' is not ID=VALUE"),
         (["--logit_bias", "x=1"], "'x' is not a whole number"),
         (["--logit_bias", "7=1000"], "from -100 to 100"),
-        (["--logit_bias", "300=1"], "the token 300; the model has 0 to 299"),
+        (["--logit_bias", "300=1"], "token 300; the model's are 0 to 299"),
         (["--logprobs", "301"], "the model has only 300 tokens"),
         (["--repetition_penalty", "0"], "--repetition_penalty"),
         (["--presence_penalty", "3"], "from -2 to 2"),
