@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import Engine, generate
 from linear import FEW_ROWS, Int8ActivationLinear, Linear
-from model import KVCache, LayerKind, Transformer
+from mixture import MixtureOfExperts
+from model import KVCache, LayerKind, Mixture, Transformer
 from scripts.gpu_models import (
     GREEDY,
     MODES,
@@ -47,6 +48,7 @@ WIDTHS, HEIGHTS = (576, 2048, 4096, 14336), (17, 1001, 6144)
 ROWS = (*range(1, 33), 40)  # of decoding; the last are a batch's
 PREFILLS = (1, 33, 100)
 HEAD_SIZES, HEADS = (64, 80, 96, 128, 256, 512), ((8, 2), (6, 1), (4, 4))  # query heads, KV heads
+EXPERT = (2048, 768)  # width of x and of an expert. Rounded activations would need another bound.
 POSITIONS = 300  # of a cache, besides the one for padding
 # The largest error of an output, in root mean squares of its row. Rounding an output of 4 to 8 of
 # them to bf16 is an error of up to 0.016, to float16 of 0.002; an output that misses a term or has
@@ -240,8 +242,35 @@ def check_rotate_write(device: torch.device, size: int, dtype: torch.dtype) -> d
     return operator_verdict(dtype, errors, unequal)
 
 
+def check_experts(device: torch.device, scheme: str, dtype: torch.dtype) -> dict:
+    """The FFNs of the chosen experts, as decoding runs them, and rows alone and beside others."""
+    kind, groupsize = split_scheme(scheme)
+    (dim, width), normal, unequal = EXPERT, normal_like(device, dtype), []
+    options = Mixture(experts=12, chosen=4, width=width)
+    mixture = MixtureOfExperts(dim, options, nn.functional.silu, None)
+    for name, shape in (("w1", (dim, width)), ("w3", (dim, width)), ("w2", (width, dim))):
+        stored = random_linear(shape, kind, groupsize, device, dtype, options.experts)
+        setattr(mixture, name, stored)
+    exact = copy.deepcopy(mixture).double()
+    mixture.pack_weights()
+    if not mixture.has_kernels(False):
+        return not_taken(device)
+    x, shares = normal(ROWS[-1], dim), normal(ROWS[-1], options.chosen).float().abs()
+    chosen = normal(ROWS[-1], options.experts).topk(options.chosen).indices
+    y = mixture.by_operator(x, chosen, shares, False)
+    for rows in ROWS:
+        for own in (slice(rows), slice(rows - 1, rows)):
+            part = mixture.by_operator(x[own], chosen[own], shares[own], False)
+            if not torch.equal(part, y[own]):
+                unequal.append(f"{rows} rows")
+    errors = {"error": [row_error(y, exact.by_row(x.double(), chosen, shares.double()))]}
+    return operator_verdict(dtype, errors, unequal)
+
+
 def check_operator(device: torch.device, operator: str, dtype: str) -> dict:
     name, _, size = operator.partition(" ")
+    if name == "experts":
+        return check_experts(device, size, getattr(torch, dtype))
     if name == "attend":
         return check_attend(device, int(size), getattr(torch, dtype))
     if name == "rotate_write":
@@ -251,6 +280,7 @@ def check_operator(device: torch.device, operator: str, dtype: str) -> dict:
 
 def operator_cells(args: Namespace) -> Iterator[dict]:
     sized = [f"{name} {size}" for size, name in product(HEAD_SIZES, ("attend", "rotate_write"))]
+    sized += [f"experts {scheme}" for scheme in ("bf16", "int8", "int4 g32")]
     for dtype, operator in product(("bfloat16", "float16"), (*PRODUCTS, *sized)):
         yield {"operator": operator, "dtype": dtype}
 

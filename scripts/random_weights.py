@@ -45,11 +45,16 @@ def noise(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
 
 
 def random_linear(
-    shape: tuple[int, int], scheme: str, groupsize: int, device: torch.device, dtype: torch.dtype
+    shape: tuple[int, int],
+    scheme: str,
+    groupsize: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts: int = 0,
 ) -> Linear:
-    """A Linear alone, of shape `(in, out)`."""
+    """A Linear alone, of shape `(in, out)`, or the same one of several experts."""
     with torch.device("meta"):
-        plain = Linear(*shape)
+        plain = Linear(*shape, experts=experts)
         groups = torch.empty(shape[0] // groupsize, 0)
     linear = linear_for(plain, {MARKERS[scheme]: groups}).requires_grad_(False).to(dtype)
     randomize(linear.to_empty(device=device))

@@ -16,6 +16,7 @@ import cli
 import cudagraph
 import engine
 import linear
+import mixture
 import model
 import operators  # noqa: F401  their schemas
 from conftest import ROOT
@@ -32,6 +33,7 @@ SHORT = {
     gpu_correctness: {
         "NEW_TOKENS": 12, "REPLAYS": 2, "WIDTHS": (64, 256), "HEIGHTS": (17,), "ROWS": (1, 2, 9),
         "PREFILLS": (33,), "HEAD_SIZES": (64,), "HEADS": ((4, 2),), "POSITIONS": 70,
+        "EXPERT": (64, 64),
     },
     gpu_speed: {
         "REPEATS": 2, "GEN": 4, "DEPTHS": (0, 64), "PREFILL": 48, "COPIES": 2, "TRACED": 2,
@@ -125,7 +127,25 @@ def attend(q, k_cache, v_cache, *options):
     return y.nan_to_num().to(q.dtype)  # padding sees nothing
 
 
+def experts(x, chosen, shares, *stacks):
+    """One row and one expert after the other."""
+    schemes = {torch.int8: "int8", torch.uint8: "int4"}
+
+    def multiply(x, expert, packed, grid):
+        product = float_product(schemes.get(packed.dtype, "bf16"))
+        return product(x, packed[expert], None if grid is None else grid[expert])
+
+    y = torch.zeros(x.shape, dtype=torch.float64)
+    for i, slot in product(range(len(x)), range(chosen.shape[1])):
+        row, expert = x[i : i + 1].double(), chosen[i, slot]
+        h = torch.nn.functional.silu(multiply(row, expert, *stacks[:2]))
+        h = h * multiply(row, expert, *stacks[2:4])
+        y[i] += multiply(h, expert, *stacks[4:6])[0] * shares[i, slot]
+    return y.float()
+
+
 OPERATORS = {
+    "experts": experts,
     "linear_bf16": float_product("bf16"),
     "linear_int8": float_product("int8"),
     "linear_int8_activation": float_product("int8-activation"),
@@ -152,7 +172,7 @@ def float_operators(monkeypatch):
         take_cache=lambda cache: cache.dtype != torch.float32,
         fuse=lambda network: None,
     )
-    for module in (linear, model, engine):
+    for module in (linear, mixture, model, engine):
         monkeypatch.setattr(module, "kernels_for", lambda device: kernels)
     with torch.library._scoped_library("tokenbus", "IMPL") as library:
         for name in OPERATORS:
@@ -343,6 +363,8 @@ def stray(y, *inputs):
         ("attend", lambda y, q, k, v, pos, *_: y * (1 + 0.1 * (pos == 0))[..., None], "over 0.0"),
         ("attend", lambda y, *_: y * float("nan"), ": error"),
         ("attend", lambda y, q, *_: y * (1 + 4e-3 * (q.shape[1] == 32)), "bits: 4/2 heads"),
+        ("experts", lambda y, x, *_: y * (1 + 1e-2 * (len(x) == 2)), "bits: 2 rows"),
+        ("experts", lambda y, *_: y.index_fill(1, torch.tensor(63), 0), "over 0.0"),
         ("rotate_write", stray, "bits: 4/2"),
         ("rotate_write", lambda y, *_: y.flip(-1), ": error"),
     ],
@@ -359,7 +381,7 @@ def test_a_wrong_operator_fails_its_cells_alone(check, float_operators, name, sp
 
 
 def test_where_no_operator_is_the_cells_are_skipped_and_on_a_gpu_failed(check, monkeypatch):
-    for module in (linear, model, engine):
+    for module in (linear, mixture, model, engine):
         monkeypatch.setattr(module, "kernels_for", lambda device: None)
     for on_gpu, status in ((False, "skipped"), (True, "failed")):
         monkeypatch.setattr(gpu_correctness, "has_kernels", lambda device, on_gpu=on_gpu: on_gpu)
