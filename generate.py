@@ -30,7 +30,9 @@ from cli import (
     Parser,
     UserError,
     add_model_flags,
+    is_stream,
     json_object,
+    named_path,
     number,
     optional,
     output_file,
@@ -219,7 +221,9 @@ def make_parser() -> Parser:
     source = parser.add_mutually_exclusive_group()
     text = "a text, the length of a random prompt, or - to read standard input"
     source.add_argument("--prompt", default="Hello, my name is", help=text)
-    source.add_argument("--prompts_file", type=Path, help="prompts, one a line, run as a batch")
+    source.add_argument(
+        "--prompts_file", type=named_path, help="prompts, one a line, run as a batch"
+    )
     source.add_argument("--interactive", action="store_true", help="talk with the model")
     text = "requests on standard input, records on standard output, a JSON object a line"
     source.add_argument("--jsonl", action="store_true", help=text)
@@ -227,19 +231,19 @@ def make_parser() -> Parser:
     add("--system_prompt", default="", help="what a chat begins with")
     about = 'what the chat template is told, such as {"enable_thinking": false}'
     add("--template_args", type=json_object, default={}, metavar="JSON", help=about)
-    add("--num_samples", type=number(int, 1), default=1, help="times to run each prompt")
+    add("--num_samples", type=number(int, 1, 10**6), default=1, help="times to run each prompt")
     text = "rows a batch (default: 1, or the whole file)"
     add("--batch_size", type=number(int, 1, 4096), help=text)
     add_text_flags(parser)
     about = "a text that every prompt continues, or @FILE; it is prefilled once"
     add("--prefill_context", type=context_text, metavar="TEXT", help=about)
     about = "keep prefilled contexts in this folder"
-    add("--prefill_cache", type=Path, metavar="DIR", help=about)
+    add("--prefill_cache", type=named_path, metavar="DIR", help=about)
     size, about = number(float, 0, 1e6), "room in memory, and again in the folder (default: 8)"
     add("--prefill_cache_gb", type=size, metavar="GB", help=about)
     draft = parser.add_mutually_exclusive_group()
     text = "speculate with this checkpoint of the same vocabulary"
-    draft.add_argument("--draft_checkpoint_path", type=Path, help=text)
+    draft.add_argument("--draft_checkpoint_path", type=named_path, help=text)
     text = "speculate with what followed the latest earlier match of the last tokens"
     draft.add_argument("--prompt_lookup", action="store_true", help=text)
     text = "maximum draft length (default: 5)"
@@ -251,6 +255,9 @@ def make_parser() -> Parser:
     add("--json", type=output_file, metavar="FILE", help="write the statistics as JSON")
     add("--quiet", action="store_true", help="print no statistics")
     return parser
+
+
+TOLD = ("messages", "add_generation_prompt", "bos_token", "eos_token")  # to a chat template
 
 
 def context_text(value: str) -> str:
@@ -298,6 +305,9 @@ def check_flags(args: Namespace) -> None:
         raise UserError("--jsonl makes a text a request; leave --num_samples out")
     if (args.prefill_cache or args.prefill_cache_gb is not None) and not args.prefill_context:
         raise UserError("--prefill_cache and --prefill_cache_gb go with --prefill_context; add it")
+    if taken := args.template_args.keys() & TOLD:
+        raise UserError(f"--template_args may not set {min(taken)}, which the chat itself does")
+    check_outputs(args)
     needed = {"speculate": args.speculating, "prefill_cache": args.prefill_context}
     needed |= {"ranges": args.profile, "tp": int(os.environ.get("WORLD_SIZE", 1)) > 1}
     needed |= {"chat": args.interactive, "jsonl": args.jsonl}
@@ -307,6 +317,16 @@ def check_flags(args: Namespace) -> None:
         if needed[name] and optional(name) is None:
             what = flags.get(name, "torchrun")
             raise UserError(f"{what} needs {name}.py; put it beside generate.py")
+
+
+def check_outputs(args: Namespace) -> None:
+    """Raise a `UserError` if a file to be written is one to be read, or if two are the same."""
+    outputs = [path for path in (args.profile, args.json) if path and not is_stream(path)]
+    inputs = (args.checkpoint_path, args.draft_checkpoint_path, args.prompts_file)
+    inputs = {os.path.realpath(path) for path in inputs if path}
+    for path in outputs:
+        if outputs.count(path) > 1 or str(path) in inputs:
+            raise UserError(f"{path} would be overwritten; give --json or --profile another name")
 
 
 def start_engines(

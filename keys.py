@@ -74,7 +74,7 @@ class Keys:
 
     def section(self, *names: str) -> Keys:
         """The first object there is under one of these names; an empty one if there is none."""
-        key = next((name for name in names if self.values.get(name)), None)
+        key = next((name for name in names if self.has(name) and self.values[name] != {}), None)
         value = self.values[key] if key else {}
         if not isinstance(value, dict):
             raise self.refusal(key, "not an object")
