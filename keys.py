@@ -49,7 +49,7 @@ class Keys:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
         if not is_number(value):
-            raise self.refusal(key, f"not a number from {NUMBERS[0]} to {NUMBERS[1]}")
+            raise self.refusal(key, f"not a number from {NUMBERS[0]:g} to {NUMBERS[1]:g}")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:

@@ -405,6 +405,9 @@ def open_file(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Te
                 yield {n: shard.get_slice(n).get_shape() for n in shard.keys()}, shard.get_tensor
         else:
             shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            values = shard.values() if isinstance(shard, dict) else [None]
+            if not all(isinstance(value, Tensor) for value in values):
+                raise UserError(f"{file} is no state dict of tensors alone; download it again")
             yield {str(name): t.shape for name, t in shard.items()}, shard.__getitem__
     except UserError:
         raise
