@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import pickle
 import shutil
+import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from cli import UserError
 DEFAULT_CHECKPOINT = (
     Path(__file__).resolve().parent / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth"
 )
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 # ------------------------------------------------------------------------------------------------
 # The default model, and the device
@@ -37,46 +41,71 @@ def default_checkpoint() -> Path:
 
 def find_device(name: str | None) -> torch.device:
     """The device called `name`, else by the variable DEVICE, else CUDA if there is a GPU."""
-    name = name or os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = "" if name is not None else " of the variable DEVICE"
+    if name is None:
+        name = os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if name.split(":")[0] not in DEVICES:
+            raise RuntimeError
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # meta has no values, an absent GPU no memory
+        torch.empty(1, device=device).item()  # an absent GPU has no memory
         return device
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError):
-        raise UserError(f"device {name!r} cannot be used here; try --device cpu") from None
+        raise UserError(f"device {name!r}{source} cannot be used here; try --device cpu") from None
 
 
 # ------------------------------------------------------------------------------------------------
 # State dicts
 
+CONVERTERS = {
+    ".gguf": "scripts/convert_gguf.py",
+    ".safetensors": "scripts/convert_hf_checkpoint.py",
+}
+
 
 def check_path(path: Path) -> None:
     """Raise a UserError unless `path` is a file."""
     try:
-        kinds = path.is_dir(), path.is_file()
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        how = "make one with scripts/prepare.sh <repo>"
+        if path.name.startswith("model_"):
+            how = "make it with quantize.py from a model.pth"
+        raise UserError(f"there is no checkpoint {path}; {how}") from None
     except OSError as error:  # a name too long, a loop of links
         raise UserError(f"cannot read {path} ({error.strerror}); pass a model.pth") from None
-    if kinds[0]:
+    if stat.S_ISDIR(mode):
         raise UserError(f"{path} is a folder; pass a file in it, such as {path / 'model.pth'}")
-    if not kinds[1]:
-        raise UserError(f"there is no checkpoint {path}; make one with scripts/prepare.sh <repo>")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is not a regular file; pass a model.pth")
+    if path.suffix in CONVERTERS:
+        raise UserError(f"{path} is no model.pth; make one of it with {CONVERTERS[path.suffix]}")
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether this is a tensor with values in the ordinary layout: dense, one number an element."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        return False
+    return not (tensor.is_nested or tensor.is_meta or tensor.is_quantized)
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
     """Memory-map the state dict of a checkpoint; UserError if the file is not one."""
     check_path(path)
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of tensors that are refused below
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except PermissionError:
         raise UserError(f"{path} may not be read by you; change its permissions") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
+    except Exception:  # a damaged pickle can fail in any way
         state = None
-    tensors = state.values() if isinstance(state, dict) else [None]
-    whole = all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors)
-    if not whole or not all(isinstance(name, str) for name in state):
-        raise UserError(
-            f"{path} is not a whole state dict in the zip format of torch.save; make it again"
-        )
+    what = f"{path} is not a whole state dict in the zip format of torch.save"
+    if not isinstance(state, dict):
+        raise UserError(f"{what}; make it again")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not is_plain(tensor):
+            raise UserError(f"{what} ({name!r:.80} names no dense tensor); make it again")
     state.pop("rope.freqs", None)  # Meta's own files carry this table, which is computed here
     return state
 

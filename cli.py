@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+DEEPEST = 64  # objects and lists within each other in a JSON text
 PRECISIONS = ("bfloat16", "float16", "float32")
 
 
@@ -70,7 +72,7 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
         if not low <= value <= high:
             noun = "a whole number" if kind is int else "a number"
             bound = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {bound}")
+            raise argparse.ArgumentTypeError(f"{text!r:.80} is not {noun} {bound}")
         return value
 
     return parse
@@ -91,19 +93,44 @@ def refuse(*contradictions: tuple[Any, str]) -> None:
 def json_object(text: str) -> dict:
     """An argparse type: a JSON object."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+        return parse_object(text)
+    except ValueError:
         example = '{"enable_thinking": false}'
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is no JSON object such as {example}")
+        problem = f"{text!r:.80} is no JSON object such as {example}"
+        raise argparse.ArgumentTypeError(problem) from None
+
+
+def parse_object(text: str) -> dict:
+    """The object that a JSON text holds; ValueError if it holds none.
+
+    One that is nested so deep that nothing else here could go through it counts as none.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [value] if isinstance(value, dict) else []
+    if not level:
+        raise ValueError("it holds no object")
+    for _ in range(DEEPEST):
+        parts = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for part in parts for item in part if isinstance(item, dict | list)]
+    if level:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
     return value
+
+
+def named_path(text: str) -> Path:
+    """An argparse type: a path; an empty one would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; give a path")
+    return Path(text)
 
 
 def add_checkpoint_flags(parser: Parser) -> Callable[..., argparse.Action]:
     """Declare the flags of every script that reads a checkpoint; returns the group's `add`."""
     add = parser.group("model")
-    add("--checkpoint_path", type=Path, help="a model.pth (default: SmolLM2-135M-Instruct)")
+    add("--checkpoint_path", type=named_path, help="a model.pth (default: SmolLM2-135M-Instruct)")
     about = "cpu, cuda, cuda:1, mps, xpu (default: $DEVICE, else cuda if available)"
     add("--device", help=about)
     return add
@@ -139,7 +166,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         if rank:  # usually all ranks fail alike: rank 0 prints, torchrun ends this one meanwhile
             time.sleep(5)
             sys.stderr = sys.__stderr__
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -151,15 +178,44 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         raise
 
 
+def printable(text: str) -> str:
+    """A text as one line: names in it may break lines, or hold what controls a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file of a checkpoint folder; `UserError` if it cannot be read."""
+    try:
+        if os.path.exists(path) and not path.is_file():  # a pipe would wait, a device never end
+            raise UserError(f"{path} is not a regular file; fetch the file again")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); fetch the file again") from None
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object; `UserError` if the file holds none or cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_object(read_bytes(path).decode())
+    except ValueError as error:
         raise UserError(f"cannot read {path} as JSON ({error}); fetch the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object; fetch the file again")
-    return value
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Keep the logs of libraries off standard error, where Python's streams do not reach them."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def own_output(path: Path) -> int | None:
@@ -177,6 +233,20 @@ def is_stream(path: Path) -> bool:
     return special or own_output(path) is not None
 
 
+def temporary_name(path: Path) -> Path:
+    """What `path` is called while it is written."""
+    return path.with_name(f".{os.getpid()}-{path.name}")
+
+
+def name_fits(path: Path) -> bool:
+    """Whether a file may have this name, as far as the system knows before it is there."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return True
+
+
 def output_file(text: str) -> Path:
     """An argparse type: a writable path, checked before hours of work are spent."""
     if is_stream(Path(text)):  # not resolved: /dev/stdout leads to a name that cannot be opened
@@ -186,9 +256,10 @@ def output_file(text: str) -> Path:
         path = Path(os.path.realpath(text))
         folder = next(folder for folder in path.parents if os.path.lexists(folder))
         writable = folder.is_dir() and os.access(folder, os.W_OK) and not os.path.isdir(path)
+        writable = writable and name_fits(temporary_name(path))
     if not writable:
         raise argparse.ArgumentTypeError(
-            f"{text!r} cannot be written; name a file in a folder of yours"
+            f"{text!r:.300} cannot be written; name a file in a folder of yours"
         )
     return path
 
@@ -211,7 +282,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def renaming(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`, renamed to it afterwards; a link is followed."""
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    if os.path.isdir(path):  # before anything is written
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    temporary = temporary_name(path)
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from tokenizer import Tokenizer
 cudagraph = optional("cudagraph")
 NOT_FINITE = "the model gives logits that are NaN or infinite; is the checkpoint damaged, or "
 NOT_FINITE += "--precision too narrow for it? Convert it again or try --precision float32"
+PADDED = 0.75  # of an embedding's rows have a token at least: published ones have 98 % and more
 PREFILL_CHUNK = 512  # bounds the activations, and the attention mask where there is one
 
 # ------------------------------------------------------------------------------------------------
@@ -345,17 +347,24 @@ def load(
     """The model in the file `path` and the tokenizer of its folder; UserError if they differ."""
     model = load_model(path, device, getattr(torch, precision), shard)
     tokenizer = Tokenizer.from_folder(path.parent)
-    if tokenizer.text_size > model.args.vocab_size:
+    known, size = tokenizer.vocab_size, model.args.vocab_size
+    if tokenizer.text_size > size or known < PADDED * size:
         raise UserError(
-            f"the tokenizer in {path.parent} has {tokenizer.text_size} tokens, more than the "
-            f"model's {model.args.vocab_size}; put the model's own tokenizer there"
+            f"the tokenizer in {path.parent} has {known} tokens and the model {size}; "
+            "put the model's own tokenizer there"
         )
     return model, tokenizer
 
 
 def allocate_cache(model: Transformer, rows: int, length: int) -> None:
     """Allocate the model's KV cache; UserError if it does not fit."""
+    kinds = [layer.attention.kind for layer in model.layers]
+    heads = sum(kind.n_local_heads * kind.head_dim for kind in kinds)
+    size = 2 * rows * (length + 1) * heads * model.norm.weight.itemsize
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
+        if model.device.type == "cpu" and size > memory:  # Linux would promise it, and then kill
+            raise RuntimeError
         model.setup_caches(rows, length)
     except RuntimeError:  # the allocator's
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def glm_mixture(config: Keys) -> dict:
         renormalize=config.flag("norm_topk_prob", True),
         factor=config.number("routed_scaling_factor", 1.0),
         biased=True,
-        dense_layers=tuple(range(config.count("first_k_dense_replace", default=1, least=0))),
+        dense_layers=tuple(range(config.count("first_k_dense_replace", MAX_LAYERS, 1, 0))),
     )
 
 
@@ -314,7 +315,7 @@ def from_config(config: dict) -> ModelArgs:
 
 def read_config(folder: Path) -> ModelArgs:
     """Read `folder`/config.json or, where there is none, take the preset the name contains."""
-    if (folder / "config.json").exists():
+    if os.path.lexists(folder / "config.json"):
         return from_config(read_json(folder / "config.json"))
     name, presets = folder.resolve().name.lower(), read_json(PRESETS)
     fitting = [preset for preset in presets if preset in name]

@@ -30,7 +30,9 @@ from cli import (
     Parser,
     UserError,
     add_model_flags,
+    is_stream,
     json_object,
+    named_path,
     number,
     optional,
     output_file,
@@ -222,7 +224,7 @@ def make_parser() -> Parser:
     add, source = group.add_argument, group.add_mutually_exclusive_group()
     text = "a text, a number of random tokens, or - for standard input"
     source.add_argument("--prompt", default="Hello, my name is", help=text)
-    source.add_argument("--prompts_file", type=Path, help="prompts, one a line, run as a batch")
+    source.add_argument("--prompts_file", type=named_path, help="prompts, one a line, in batches")
     source.add_argument("--interactive", action="store_true", help="chat on the terminal")
     text = "JSON requests on standard input, JSON records on standard output, one a line"
     source.add_argument("--jsonl", action="store_true", help=text)
@@ -231,7 +233,7 @@ def make_parser() -> Parser:
     add("--system_prompt", default="", help="the system message of a chat")
     about = 'variables of the chat template, such as {"enable_thinking": false}'
     add("--template_args", type=json_object, default={}, metavar="JSON", help=about)
-    add("--num_samples", type=number(int, 1), default=1, help="times to run each prompt")
+    add("--num_samples", type=number(int, 1, 10**6), default=1, help="times to run each prompt")
     text = "prompts run at once (default: 1, or the whole file)"
     add("--batch_size", type=number(int, 1, 4096), help=text)
     add_text_flags(parser)
@@ -239,7 +241,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("speculation")
     add, draft = group.add_argument, group.add_mutually_exclusive_group()
     text = "a draft model with the same vocabulary"
-    draft.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH", help=text)
+    draft.add_argument("--draft_checkpoint_path", type=named_path, metavar="PATH", help=text)
     text = "n-gram drafting: continue the latest earlier match of the last tokens"
     draft.add_argument("--prompt_lookup", action="store_true", help=text)
     text = "maximum draft length (default: 5)"
@@ -249,7 +251,7 @@ def make_parser() -> Parser:
     about = "a text that every prompt continues, or @FILE; it is prefilled once"
     add("--prefill_context", type=context_text, metavar="TEXT", help=about)
     about = "keep prefilled contexts in this folder"
-    add("--prefill_cache", type=Path, metavar="DIR", help=about)
+    add("--prefill_cache", type=named_path, metavar="DIR", help=about)
     size, about = number(float, 0, 1e6), "limit in memory, and again on disk (default: 8)"
     add("--prefill_cache_gb", type=size, metavar="GB", help=about)
 
@@ -258,6 +260,9 @@ def make_parser() -> Parser:
     add("--json", type=output_file, metavar="FILE", help="write the statistics as JSON")
     add("--quiet", action="store_true", help="print no statistics")
     return parser
+
+
+TOLD = ("messages", "add_generation_prompt", "bos_token", "eos_token")  # to a chat template
 
 
 def context_text(value: str) -> str:
@@ -280,9 +285,14 @@ def with_defaults(args: Namespace) -> Namespace:
     talk, samples = args.interactive, args.num_samples > 1
     random = not (args.prompts_file or talk or args.jsonl) and is_random_prompt(args.prompt)
     cached = args.prefill_cache or args.prefill_cache_gb is not None
+    taken = args.template_args.keys() & TOLD
     refuse(
         (args.system_prompt and not chat, "--system_prompt is for chats; add --chat"),
         (args.template_args and not chat, "--template_args is for chats; add --chat"),
+        (
+            taken,
+            f"--template_args may not set {min(taken, default='')}, which the chat itself does",
+        ),
         (chat and random, f"--prompt {args.prompt} is random tokens, not a chat; drop --chat"),
         (talk and batch, "--interactive is one conversation; leave --batch_size out"),
         (talk and samples, "--interactive is one conversation; leave --num_samples out"),
@@ -299,6 +309,7 @@ def with_defaults(args: Namespace) -> Namespace:
             "--prefill_cache and --prefill_cache_gb go with --prefill_context; add it",
         ),
     )
+    check_outputs(args)
     files = {"speculate": (draft, "speculation"), "chat": (talk, "--interactive")}
     files |= {"jsonl": (args.jsonl, "--jsonl"), "ranges": (args.profile, "--profile")}
     files["prefill_cache"] = (args.prefill_context, "--prefill_context")
@@ -308,6 +319,16 @@ def with_defaults(args: Namespace) -> Namespace:
             raise UserError(f"{flag} needs {name}.py; put it beside generate.py")
     rows = args.batch_size or (None if args.prompts_file and not draft else 1)
     return replaced(args, chat=chat, batch_size=rows, speculate_k=args.speculate_k or 5)
+
+
+def check_outputs(args: Namespace) -> None:
+    """Raise a `UserError` if a file to be written is one to be read, or if two are the same."""
+    outputs = [path for path in (args.profile, args.json) if path and not is_stream(path)]
+    inputs = (args.checkpoint_path, args.draft_checkpoint_path, args.prompts_file)
+    inputs = {os.path.realpath(path) for path in inputs if path}
+    for path in outputs:
+        if outputs.count(path) > 1 or str(path) in inputs:
+            raise UserError(f"{path} would be overwritten; give --json or --profile another name")
 
 
 def start_engines(

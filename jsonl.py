@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from cli import UserError
+from cli import UserError, parse_object
 from prompts import PROMPTS, check_prompt, read_context, requested_prompt
 from reuse import CachedRows
 from settings import Settings, check_settings
@@ -25,9 +25,8 @@ from shaping import Reply, describe, run_replies, score_prompt
 
 def parse(line: str) -> dict:
     """Parse a line into a JSON object."""
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(request := json.loads(line), dict):
-            return request
+    with contextlib.suppress(ValueError):
+        return parse_object(line)
     raise UserError(f"this line is not a JSON object: {line.strip()[:60]!r}; send one a line")
 
 

@@ -49,7 +49,7 @@ class Keys:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
         if not is_number(value):
-            raise self.refusal(key, f"not a number from {NUMBERS[0]} to {NUMBERS[1]}")
+            raise self.refusal(key, f"not a number from {NUMBERS[0]:g} to {NUMBERS[1]:g}")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -74,7 +74,7 @@ class Keys:
 
     def section(self, *names: str) -> Keys:
         """The first object there is under one of these names; an empty one if there is none."""
-        key = next((name for name in names if self.values.get(name)), None)
+        key = next((name for name in names if self.has(name) and self.values[name] != {}), None)
         value = self.values[key] if key else {}
         if not isinstance(value, dict):
             raise self.refusal(key, "not an object")

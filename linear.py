@@ -193,7 +193,7 @@ def linear_for(linear: Linear, tensors: dict[str, Tensor]) -> Linear:
     options = dict(bias=linear.bias is not None, experts=linear.experts)
     scheme = next((scheme for name, scheme in SCHEMES.items() if name in tensors), None)
     if scheme is Int4Linear:
-        groups = tensors["scales_and_zeros"].shape[-3:][0]
+        groups = (*tensors["scales_and_zeros"].shape[-3:], 0)[0]
         options["groups"] = groups if groups and linear.in_features % groups == 0 else 1
     with linear.weight.device:
         return scheme(linear.in_features, linear.out_features, **options) if scheme else linear

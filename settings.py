@@ -69,6 +69,9 @@ def logit_bias(value: str) -> tuple[int, float]:
 def check_settings(args: Namespace, model: Transformer) -> None:
     """Raise a `UserError` if settings do not fit the model's vocabulary."""
     size = model.args.vocab_size
+    if args.min_new_tokens > args.max_new_tokens:
+        numbers = f"{args.min_new_tokens}, more than max_new_tokens, {args.max_new_tokens}"
+        raise UserError(f"min_new_tokens is {numbers}; lower it or raise the other")
     for token, _ in args.logit_bias:
         if token >= size:
             raise UserError(f"logit_bias names token {token}; the model's are 0 to {size - 1}")

@@ -12,11 +12,13 @@ from __future__ import annotations
 import base64
 import codecs
 import json
+import os
 import re
 from pathlib import Path
 
 from chat_template import BUILT_IN, Renderer
-from cli import UserError, read_json
+from cli import UserError, muted, read_bytes, read_json
+from keys import Keys
 
 MARK = "\ufdd0"  # Unicode sets this code point aside for use inside programs: no text has it
 
@@ -54,6 +56,15 @@ def default_template(value, path: Path) -> str | None:
     return dict(texts).get("default")
 
 
+def token_name(config: Keys, key: str) -> str | None:
+    """The name of a token in tokenizer_config.json: a text, or the content of an object."""
+    name = config.values.get(key)
+    name = name.get("content") if isinstance(name, dict) else name
+    if not isinstance(name, str) and config.has(key):
+        raise config.refusal(key, "neither a text nor an object with a content")
+    return name
+
+
 def any_of(names: dict[str, int]) -> str:
     """A regular expression for any of `names`, the longest one that is there."""
     return "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
@@ -72,6 +83,8 @@ class Tokenizer:
 
         `encode` gives the ids of a text, and is told whether it is the start of a whole one.
         """
+        if not pieces:
+            raise ValueError("it has no tokens")
         self.encode_part, self.special, self.controls = encode, special, special | visible
         self.pieces = {i: piece for piece, i in (pieces | visible).items()}
         self.pieces |= dict.fromkeys(special.values(), "")
@@ -92,24 +105,31 @@ class Tokenizer:
         """Open the tokenizer of a checkpoint folder, and add what its other files say about it."""
         self = open_folder(folder)
         files = [folder / f"{x}config.json" for x in ("tokenizer_", "generation_", "")]
-        config, *others = [read_json(file) if file.is_file() else {} for file in files]
-        flat = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
-        names = {key: flat.get(key) for key in ("bos_token", "eos_token")}
-        self.names = {key: name for key, name in names.items() if isinstance(name, str)}
-        adds_bos = flat.get("add_bos_token")
-        self.adds_bos = self.bos_id is not None if adds_bos is None else adds_bos
+        config, *others = [
+            Keys(read_json(file) if os.path.lexists(file) else {}, str(file)) for file in files
+        ]
+        self.names = {key: token_name(config, key) for key in ("bos_token", "eos_token")}
+        self.names = {key: name for key, name in self.names.items() if name is not None}
+        self.adds_bos = config.flag("add_bos_token", self.bos_id is not None)
         self.bos_id = self.controls.get(self.names.get("bos_token"), self.bos_id)
         ends = [self.names.get("eos_token"), "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
         self.eos_ids |= {self.controls.get(name) for name in ends}
-        for ids in [other.get("eos_token_id") for other in others]:
-            self.eos_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+        for other in others:
+            ids = other.get("eos_token_id", [])
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int for i in ids):
+                raise other.refusal("eos_token_id", "neither a number nor a list of numbers")
+            self.eos_ids |= {*ids}
         self.eos_ids = {i for i in self.eos_ids - {None} if 0 <= i < self.vocab_size}
 
         path = folder / "chat_template.jinja"
-        if path.is_file():
-            template = path.read_text(encoding="utf-8", errors="replace")
+        if os.path.lexists(path):
+            try:
+                template = read_bytes(path).decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"cannot read {path} ({error}); fetch the file again") from None
         else:
-            template = default_template(config.get("chat_template"), files[0])
+            template = default_template(config.values.get("chat_template"), files[0])
         built_in = (chat for name, chat in BUILT_IN.items() if name in self.controls)
         self.chat_template = template or next(built_in, None)
         return self
@@ -146,11 +166,12 @@ class Tokenizer:
             return guard("user", value) if isinstance(value, str) else value
 
         messages = [m | {"content": guard(m["role"], m["content"])} for m in messages]
-        template = self.chat_template or "{{ raise_exception('missing') }}"
+        if self.chat_template is None:
+            raise UserError("there is no chat template in the checkpoint; --no-chat goes without")
         variables = {"messages": messages, "add_generation_prompt": True} | self.names
         variables = guard_all(self.template_args) | variables
         try:
-            text = self.renderer.render(template, variables)
+            text = self.renderer.render(self.chat_template, variables)
         except (ValueError, OSError) as error:
             raise UserError(f"the chat template fails ({error}); --no-chat goes without") from None
         names = f"{MARK}|({any_of(self.controls)})"
@@ -199,18 +220,25 @@ class StreamDecoder:
 def open_folder(folder: Path) -> Tokenizer:
     """Open tokenizer.json, else tokenizer.model, whose content says which kind it is."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.lexists(path) and os.path.lexists(folder / "tokenizer.model"):
         path = folder / "tokenizer.model"
+    return open_data(path, path.name, read_bytes(path))
+
+
+def open_data(where: Path | str, name: str, data: bytes) -> Tokenizer:
+    """Open what a file of this name holds; `UserError` says what is wrong in `where`."""
     try:
-        data = path.read_bytes()
-        if path.suffix == ".json":
-            return open_json(data)
-        return open_ranks(data) if re.match(rb"\S+ \d+\s", data) else open_sentencepiece(data)
+        with muted():
+            if name.endswith(".json"):
+                return open_json(data)
+            return open_ranks(data) if re.match(rb"\S+ \d+\s", data) else open_sentencepiece(data)
     except ImportError as error:
-        raise UserError(f"{path} needs a package; pip install {error.name}") from None
-    except Exception as error:  # of any class: the libraries have none of their own
-        what = f"cannot read a tokenizer from {path} ({error})"
-        raise UserError(f"{what}; copy its tokenizer.json or tokenizer.model there") from None
+        raise UserError(f"{where} needs a package; pip install {error.name}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of any class: the libraries have none, and Rust's panic is one
+        what = f"cannot read a tokenizer from {where} ({error!s:.300})"
+        raise UserError(f"{what}; use the model's own tokenizer") from None
 
 
 def open_sentencepiece(data: bytes) -> Tokenizer:
@@ -230,13 +258,18 @@ def open_json(data: bytes) -> Tokenizer:
 
     content = json.loads(data)
     special, visible = {}, {}
-    for token in content["added_tokens"]:
-        name, i = token["content"], token["id"]
+    tokens = content.get("added_tokens") if isinstance(content, dict) else None
+    if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
+        raise ValueError("it is no object with a list of added_tokens")
+    for token in tokens:
+        name, i, hidden = map(token.get, ("content", "id", "special"))
         if not isinstance(name, str) or not name or name != clean(name):
             raise ValueError(f"{name!r:.80} is no name of an added token")
         if type(i) is not int or not 0 <= i < MAX_IDS:
             raise ValueError(f"the id of added token {name!r:.80} is not a number below {MAX_IDS}")
-        (special if token["special"] else visible)[name] = i
+        if type(hidden) is not bool:
+            raise ValueError(f"added token {name!r:.80} is neither special nor not")
+        (special if hidden else visible)[name] = i
     content |= {"added_tokens": [], "truncation": None, "padding": None}
     library = tokenizers.Tokenizer.from_str(json.dumps(content))
     first, empty = (library.encode(text).ids[:1] for text in ("a", ""))
@@ -272,7 +305,10 @@ def from_library(library, special: dict, visible: dict, bos_id: int) -> Tokenize
     library.add_special_tokens([MARK])  # text after a MARK is not the start of a text
 
     def encode(text: str, is_start: bool) -> list[int]:
-        ids = library.encode(text if is_start else MARK + text, add_special_tokens=False).ids
+        try:
+            ids = library.encode(text if is_start else MARK + text, add_special_tokens=False).ids
+        except Exception as error:  # the library has no exception of its own
+            raise UserError(f"the tokenizer has no tokens for this text ({error})") from None
         return ids if is_start else ids[1:]
 
     return Tokenizer(encode, pieces, special, visible, bos_id, -1)

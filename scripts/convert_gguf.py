@@ -9,8 +9,10 @@ configuration said; the files written here say it in the published format.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
+import os
 import re
 import struct
 import sys
@@ -34,7 +36,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, UserError, replacing, run
+from cli import Parser, UserError, named_path, replacing, run
+from engine import PADDED
 from families import from_config
 from keys import AGAIN, Keys
 from kinds import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
@@ -43,8 +46,10 @@ from scripts.convert_hf_checkpoint import (
     add_target_flags,
     check_tensors,
     parts,
+    target_of,
     write_state,
 )
+from tokenizer import open_data
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral models call themselves llama
 
@@ -65,6 +70,14 @@ GGUF_NAMES = {
     "w3": "ffn_up",
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
+}
+
+# What GGUF calls the keys of a config.json that an error of families.py may name.
+PUBLISHED = {
+    "num_key_value_heads": "attention.head_count_kv",
+    "num_attention_heads": "attention.head_count",
+    "head_dim": "attention.key_length",
+    "hidden_size": "embedding_length",
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -96,13 +109,17 @@ class Metadata(Keys):
     @functools.cached_property
     def tokens(self) -> list[str]:
         tokens = self.items("tokenizer.ggml.tokens", str)
-        if not tokens:
-            raise self.refusal("tokenizer.ggml.tokens", "an empty list")
+        if len(set(tokens)) < len(tokens) or not tokens:
+            what = "which has a token twice" if tokens else "an empty list"
+            raise self.refusal("tokenizer.ggml.tokens", what)
         return tokens
 
     @functools.cached_property
     def token_types(self) -> list[int]:
-        return self.items("tokenizer.ggml.token_type", int, len(self.tokens))
+        types = self.items("tokenizer.ggml.token_type", int, len(self.tokens))
+        if not {*types} <= {*range(BYTE + 1)}:
+            raise self.refusal("tokenizer.ggml.token_type", f"not a list of 0 to {BYTE}")
+        return types
 
     def token_id(self, role: str) -> int | None:
         """The id of the token with a role such as eos, if the file names one."""
@@ -115,13 +132,15 @@ class Metadata(Keys):
 
 def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
     """Read everything but the weights; `UserError` if the file is not one whole GGUF file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no file {path}; pass a .gguf file to --gguf")
     try:
         reader = GGUFReader(path)
         meta = Metadata(path, reader)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError) as error:
-        raise UserError(f"{path} is not a whole GGUF file ({error}); download it again") from None
+    except Exception as error:  # what a length or a type is taken for can fail in any way
+        raise UserError(
+            f"{path} is not a whole GGUF file ({error!s:.300}); download it again"
+        ) from None
     if reader.byte_order != "I":
         raise UserError(f"{path} was made for a machine of the other byte order; convert another")
     if meta.get("split.count", 1) not in (0, 1) or re.search(
@@ -131,7 +150,7 @@ def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
     if (arch := meta.text("general.architecture")) not in ARCHITECTURES:
         raise UserError(f"{path} is a {arch} model; use one of {', '.join(ARCHITECTURES)}")
     for tensor in reader.tensors:
-        if 0 in tensor.shape:
+        if 0 in tensor.shape or not len(tensor.shape):
             raise UserError(f"{path}: {tensor.name} has no values; download the file again")
     return reader, meta
 
@@ -165,13 +184,13 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def llama3_scaling(factors: Tensor, rope_theta: float) -> dict:
-    """The `rope_scaling` of Llama 3.1 that the divisors `[D/2]` in a GGUF file were made by."""
+def llama3_scaling(factors: Tensor, rope_theta: float, pairs: int) -> dict:
+    """The `rope_scaling` of Llama 3.1 that the divisors `[pairs]` in a GGUF file were made by."""
     factor = factors.max().item()
     exponents = torch.arange(len(factors)) / len(factors)
     turns = 8192 / (2 * torch.pi * rope_theta**exponents)  # in the context of the first training
     keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
-    plain = factors.ndim == 1 and factors.is_floating_point()
+    plain = factors.shape == (pairs,) and factors.is_floating_point()
     if not plain or not torch.allclose(factors, 1 / (keep + (1 - keep) / factor), rtol=1e-3):
         raise UserError("its rope_freqs.weight is not the scaling of Llama 3; use another model")
     return {
@@ -183,11 +202,11 @@ def llama3_scaling(factors: Tensor, rope_theta: float) -> dict:
     }
 
 
-def rope_scaling(meta: Metadata, reader: GGUFReader, rope_theta: float) -> dict | None:
+def rope_scaling(meta: Metadata, reader: GGUFReader, rope_theta: float, pairs: int) -> dict | None:
     """How the rotary angles are stretched, as a published config.json says it."""
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight" and tensor.data.max() != 1:
-            return llama3_scaling(torch.from_numpy(np.array(tensor.data)), rope_theta)
+            return llama3_scaling(torch.from_numpy(np.array(tensor.data)), rope_theta, pairs)
     rope = f"{meta.text('general.architecture')}.rope"
     factor = meta.number(f"{rope}.scaling.factor", meta.number(f"{rope}.scale_linear", 1.0))
     kind = meta.text(f"{rope}.scaling.type", "linear")
@@ -203,6 +222,12 @@ def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict
     """The published `config.json` of the model; `UserError` on what it could not express."""
     arch = meta.text("general.architecture")
     shapes = {tensor.name: tensor.shape.tolist()[::-1] for tensor in reader.tensors}
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise UserError(f"{meta.where} has no matrix token_embd.weight; {AGAIN}")
+    rows, known = shapes["token_embd.weight"][0], len(meta.tokens)
+    if not PADDED * rows <= known <= rows:
+        what = f"{known} tokens for an embedding of {rows}"
+        raise meta.refusal("tokenizer.ggml.tokens", what)
     dim = meta.count(f"{arch}.embedding_length")
     heads = meta.count(f"{arch}.attention.head_count", MAX_HEADS)
     kv_heads = meta.count(f"{arch}.attention.head_count_kv", MAX_HEADS, heads)
@@ -214,7 +239,9 @@ def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict
     ):
         value = meta.get(f"{arch}.{key}", known)
         if value != known:
-            raise UserError(f"{meta.where}: {key} {value} is not supported, only {known}")
+            raise meta.refusal(
+                f"{arch}.{key}", f"and only {known} is supported", "use another model"
+            )
     rope_theta = shortest(meta.number(f"{arch}.rope.freq_base", 10000.0))
     return {
         "model_type": arch,
@@ -224,11 +251,11 @@ def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "intermediate_size": meta.count(f"{arch}.feed_forward_length"),
-        "vocab_size": shapes.get("token_embd.weight", [0])[0],
+        "vocab_size": rows,
         "max_position_embeddings": meta.count(f"{arch}.context_length"),
         "rms_norm_eps": shortest(meta.number(f"{arch}.attention.layer_norm_rms_epsilon")),
         "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling(meta, reader, rope_theta),
+        "rope_scaling": rope_scaling(meta, reader, rope_theta, head_dim // 2),
         "tie_word_embeddings": "output.weight" not in shapes,
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
@@ -242,7 +269,7 @@ def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict
 # The tokenizer
 
 # The numbers of GGUF's token types are those of SentencePiece.
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
@@ -254,7 +281,7 @@ WORDS = (
 )
 
 
-def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer(pre: str, meta: Metadata) -> pre_tokenizers.PreTokenizer:
     """How text is cut into words before the merges, by the name llama.cpp has for it."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in ("default", "gpt-2"):
@@ -266,9 +293,8 @@ def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
         split = pre_tokenizers.Split(words, behavior="isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([split, to_bytes])
-    raise UserError(
-        f"the pre-tokenizer {pre!r} is not known; take the tokenizer.json of the original model"
-    )
+    advice = "take the tokenizer.json of the original model"
+    raise meta.refusal("tokenizer.ggml.pre", "which is not supported", advice)
 
 
 def adds_bos(meta: Metadata) -> bool:
@@ -288,10 +314,12 @@ def byte_level_tokenizer(meta: Metadata) -> bytes:
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in LLAMA3_PRE))
     except Exception as error:  # the library has no exception of its own
-        raise UserError(f"{meta.where} has merges that do not fit its tokens ({error})") from None
+        raise UserError(
+            f"{meta.where} has merges that do not fit its tokens ({error!s:.300}); {AGAIN}"
+        ) from None
     if pre in QWEN2_PRE:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    tokenizer.pre_tokenizer = pre_tokenizer(pre, meta)
     tokenizer.decoder = decoders.ByteLevel()
     if adds_bos(meta):
         if (bos := meta.token_id("bos")) is None:
@@ -370,7 +398,8 @@ def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
         "llama": ("tokenizer.model", sentencepiece_model, "LlamaTokenizer"),
     }
     if kind not in makers:
-        raise UserError(f"{meta.where} has a {kind!r} tokenizer; only gpt2 and llama are known")
+        known = f"which is not supported (known: {', '.join(makers)})"
+        raise meta.refusal("tokenizer.ggml.model", known, "use another model")
     name, make, tokenizer_class = makers[kind]
     tokens, types = meta.tokens, meta.token_types
     roles = ("bos", "eos", "eot", "eom")  # eot ends a turn, eom a call of a tool
@@ -393,8 +422,10 @@ def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
     generation = {"eos_token_id": list(dict.fromkeys(stops))}
     if "bos" in ids:
         generation["bos_token_id"] = ids["bos"]
+    content = make(meta)
+    open_data(meta.where, name, content)  # now, not when the model is used
     return {
-        name: make(meta),
+        name: content,
         "tokenizer_config.json": config,
         "generation_config.json": generation,
     }
@@ -418,7 +449,10 @@ def convert(
     try:
         args = from_config(config)
     except UserError as error:
-        raise UserError(f"{gguf_path}, as {error}") from None
+        text = str(error).removeprefix("config.json: ")
+        for key, name in PUBLISHED.items():
+            text = text.replace(key, f"{config['model_type']}.{name}")
+        raise UserError(f"{gguf_path}: {text}") from None
     # llama.cpp has interleaved the heads of a llama already, and left those of a qwen as they were.
     table = parts(args, GGUF_NAMES, interleave=config["model_type"] != "llama")
     shapes = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors}
@@ -426,25 +460,26 @@ def convert(
     check_tensors(gguf_path, shapes, table)
     files = {"config.json": config} | tokenizer_files(meta)
     output = folder / target.file_name
-    with replacing(output) as model:
+    with contextlib.ExitStack() as stack:
+        # The weights get their name last: where they are, everything else is.
+        model, *others = [stack.enter_context(replacing(folder / n)) for n in (output.name, *files)]
         write_state(model, args, table, read_tensors(gguf_path, reader, dtype), target)
-        for name, content in files.items():
-            with replacing(folder / name) as temporary:
-                if isinstance(content, dict):
-                    content = (json.dumps(content, indent=2) + "\n").encode()
-                temporary.write_bytes(content)
-        # The weights get their name only now: where they are, everything else is.
+        for temporary, content in zip(others, files.values(), strict=True):
+            if isinstance(content, dict):
+                content = (json.dumps(content, indent=2) + "\n").encode()
+            temporary.write_bytes(content)
     return output
 
 
 def main(args: argparse.Namespace) -> None:
-    dtype = getattr(torch, args.precision)
-    print(convert(args.gguf, args.checkpoint_dir, dtype, args.mode, args.groupsize))
+    print(convert(args.gguf, args.checkpoint_dir, *target_of(args)))
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("--gguf", type=Path, required=True, help="the file to convert")
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--gguf", type=named_path, required=True, help="the file to convert")
+    parser.add_argument(
+        "--checkpoint_dir", type=named_path, required=True, help="the folder to make"
+    )
     add_target_flags(parser)
     run(main, parser)

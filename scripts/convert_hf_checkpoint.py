@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import pickle
 import re
 import sys
@@ -25,16 +26,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import StateFile, check_finite
-from cli import Parser, UserError, read_json, replacing, run
+from checkpoint import StateFile, check_finite, is_plain
+from cli import Parser, UserError, named_path, read_json, replacing, run
 from families import find_family, from_config
-from keys import Keys
+from keys import AGAIN, Keys
 from kinds import MAX_EXPERTS, MAX_LAYERS
 from model import LayerKind, ModelArgs, Transformer
 from quantize import (
@@ -51,6 +52,7 @@ from scripts.random_weights import linears
 
 PRECISIONS = ("bfloat16", "float16", "float32")
 MODES = ("int8", "int8-activation", "int4", "hybrid")  # of quantize.py, without calibration
+GROUPED = ("int4", "hybrid")  # those with a grid for each group of columns
 ROUNDED_AT_ONCE = 2**20  # values: what rounding takes beside the tensor itself
 
 # ------------------------------------------------------------------------------------------------
@@ -280,10 +282,14 @@ def write_state(
     tied = all(part.name != "output.weight" for part in table.values())
     layout, schemes = target.layout(args, tied)
     dtypes = {n: t.dtype if t.is_floating_point() else target.dtype for n, t in layout.items()}
-    with StateFile(path, layout) as state:
-        for file, name, tensor in tqdm(tensors, "converting", len(table), unit="tensor"):
+    options = dict(unit="tensor", disable=None)  # none where nobody looks on
+    with (
+        StateFile(path, layout) as state,
+        tqdm(tensors, "converting", len(table), **options) as bar,
+    ):
+        for file, name, tensor in bar:
             part = table[name]
-            plain = tensor.is_floating_point() and tensor.layout == torch.strided
+            plain = is_plain(tensor) and tensor.is_floating_point()
             if not plain or tensor.itemsize == 1:  # fp8 without its scales
                 raise UserError(
                     f"{file}: {name} is {tensor.dtype}, no plain floats; fetch the files again"
@@ -310,10 +316,10 @@ def find_shards(folder: Path) -> list[Path]:
         ("model.safetensors", "*.safetensors"),
         ("pytorch_model.bin", "pytorch_model*.bin"),
     ):
-        if (folder / single).exists():
+        if os.path.lexists(folder / single):
             return [folder / single]
         index = folder / f"{single}.index.json"
-        if index.exists():
+        if os.path.lexists(index):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{index} has no weight_map; fetch the file again")
@@ -325,8 +331,13 @@ def find_shards(folder: Path) -> list[Path]:
                     )
             shards = sorted({folder / file for file in weight_map.values()})
             for shard in shards:
-                if not shard.exists():
+                if not os.path.lexists(shard):
                     raise UserError(f"{shard}, named in {index.name}, is missing; download again")
+                with open_file(shard) as (held, _):
+                    placed = {name for name, file in weight_map.items() if file == shard.name}
+                    if lost := placed - held.keys():
+                        what = f"{shard} lacks {min(lost)}, which {index.name} places there"
+                        raise UserError(f"{what}; {AGAIN}")
             return shards
         # Meta's own copy of the weights, `consolidated`, has the same suffix.
         shards = [file for file in folder.glob(pattern) if not file.match("consolidated*")]
@@ -384,25 +395,34 @@ def split_experts(name: str, found: dict[str, tuple], sources: dict[str, Callabl
 
 
 @contextlib.contextmanager
-def open_shard(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Tensor]]]:
-    """Map a file; yield the shapes in it by name, and a function from a name to its tensor.
-
-    The names are those of a checkpoint of the text model alone, and gate and up are two tensors.
-    """
+def open_file(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Tensor]]]:
+    """Map a file; yield the shapes in it by name, and a function from a name to its tensor."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UserError(f"{file} is not a regular file; download it again")
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as shard:
-                shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}
-                yield text_model(shapes, shard.get_tensor)
+                yield {n: shard.get_slice(n).get_shape() for n in shard.keys()}, shard.get_tensor
         else:
             shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            shapes = {str(name): tensor.shape for name, tensor in shard.items()}
-            yield text_model(shapes, shard.__getitem__)
-    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{file} is not whole ({reason}); download it again") from None
+            values = shard.values() if isinstance(shard, dict) else [None]
+            if not all(isinstance(value, Tensor) for value in values):
+                raise UserError(f"{file} is no state dict of tensors alone; download it again")
+            yield {str(name): t.shape for name, t in shard.items()}, shard.__getitem__
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(f"{file} holds more than tensors, or is not whole; download it") from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{file} is not whole ({reason}); download it again") from None
+
+
+@contextlib.contextmanager
+def open_shard(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Tensor]]]:
+    """As `open_file`, by the names of a checkpoint of the text model alone, gate and up apart."""
+    with open_file(file) as (shapes, get_tensor):
+        yield text_model(shapes, get_tensor)
 
 
 def read_tensors(shards: list[Path], wanted: dict[str, Part]) -> Iterator[tuple[Path, str, Tensor]]:
@@ -496,7 +516,7 @@ def convert(
     Returns its path.
     """
     target = Target(dtype, mode, groupsize)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}; make one with scripts/download.py")
     config = read_json(folder / "config.json")
     args, (keys, family) = from_config(config), find_family(config)
@@ -505,6 +525,8 @@ def convert(
     found, files = {}, {}
     for file in shards:
         with open_shard(file) as (shapes, _):
+            if twice := found.keys() & shapes.keys():
+                raise UserError(f"{min(twice)} is in {file} and in {files[min(twice)]}; {AGAIN}")
             found |= shapes
             files |= dict.fromkeys(shapes, file)
     unused = beside(keys, found)
@@ -514,8 +536,6 @@ def convert(
     shapes = {name: part.shape for name, part in table.items()}
     scaled = take_scales(folder, used, shapes, block) if block else []
     check_tensors(folder, used, table)
-    for notice in notices(args, keys, unused):
-        print(f"[{notice}]", file=sys.stderr)
     tensors = read_tensors(shards, table)
     if scaled:
         scales = {name: files[f"{name}_scale_inv"] for name in scaled}
@@ -523,6 +543,8 @@ def convert(
     output = folder / target.file_name
     with replacing(output) as temporary:
         write_state(temporary, args, table, tensors, target)
+    for notice in notices(args, keys, unused):
+        print(f"[{notice}]", file=sys.stderr)
     return output
 
 
@@ -535,18 +557,28 @@ def add_target_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--precision", choices=PRECISIONS, default="bfloat16")
     add("--mode", choices=MODES, help="quantize as quantize.py does, and write that file alone")
-    add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="columns that share a grid")
+    text = "columns that share a grid (default: 32)"
+    add("--groupsize", type=int, choices=GROUP_SIZES, help=text)
+
+
+def target_of(args: argparse.Namespace) -> tuple[torch.dtype, str | None, int]:
+    """The precision, mode and group size that the flags of both converters ask for."""
+    if args.groupsize and args.mode not in GROUPED:
+        raise UserError(f"--groupsize is for --mode {' or '.join(GROUPED)}; leave it out")
+    return getattr(torch, args.precision), args.mode, args.groupsize or 32
 
 
 def main(args: argparse.Namespace) -> None:
-    dtype = getattr(torch, args.precision)
-    print(convert(args.checkpoint_dir, dtype, args.mode, args.groupsize))
+    print(convert(args.checkpoint_dir, *target_of(args)))
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument(
-        "--checkpoint_dir", type=Path, required=True, help="a folder that download.py has made"
+        "--checkpoint_dir",
+        type=named_path,
+        required=True,
+        help="a folder that download.py has made",
     )
     add_target_flags(parser)
     run(main, parser)

@@ -40,6 +40,24 @@ def run_script(script: str, *flags, stdin="", **options) -> subprocess.Completed
     return subprocess.run([*python(), ROOT / script, *map(str, flags)], **options)
 
 
+def run_served(argv: list[str], cwd: Path, env: dict, timeout=60) -> subprocess.CompletedProcess:
+    """Run `python *argv` without standard input and without a client, for hundreds of commands."""
+    with (
+        open(os.devnull) as null,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        socket.socket(socket.AF_UNIX) as server,
+    ):
+        server.settimeout(timeout)
+        server.connect(python()[-1])
+        socket.send_fds(server, [b"\n"], [null.fileno(), out.fileno(), err.fileno()])
+        request = {"closed": [], "argv": argv, "cwd": str(cwd), "env": env}
+        server.sendall(json.dumps(request).encode() + b"\n")
+        _, status = server.makefile()  # the child's process id, and how it ended
+        texts = [file.seek(0) or file.read().decode(errors="replace") for file in (out, err)]
+    return subprocess.CompletedProcess(argv, os.waitstatus_to_exitcode(int(status)), *texts)
+
+
 @functools.cache
 def python() -> tuple[str, ...]:
     """The first words of a command line that the server runs; the first call starts it."""

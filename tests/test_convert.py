@@ -33,7 +33,7 @@ SHAPE = dict(
     num_key_value_heads=2,
     head_dim=16,
     intermediate_size=96,
-    vocab_size=128,
+    vocab_size=300,
     max_position_embeddings=256,
     rms_norm_eps=1e-5,
     tie_word_embeddings=False,
@@ -323,7 +323,7 @@ MISTAKES = {
     "a vocabulary that no file holds": (
         "safetensors",
         lambda f: edit_config(f, vocab_size=2**24, hidden_size=2**24, intermediate_size=2**24),
-        "model.embed_tokens.weight is [128, 64], and",
+        "model.embed_tokens.weight is [300, 64], and",
     ),
     "no weights": ("safetensors", lambda f: (f / "model.safetensors").unlink(), "safetensors"),
     "no config": ("safetensors", lambda f: (f / "config.json").unlink(), "config.json"),
@@ -541,8 +541,11 @@ KINDS = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q
 def test_quantized_weights_become_floats_again(name, kind, tmp_path):
     family, options = MODELS[name]
     # Once with an embedding so large that it is read in more than one piece.
-    model = random_hf(family, **options, vocab_size=20000 if kind == Kind.Q4_0 else 128)
-    file = write_gguf(tmp_path / "a.gguf", model, arch_of(name), kind)
+    rows = 20000 if kind == Kind.Q4_0 else 300
+    model = random_hf(family, **options, vocab_size=rows)
+    extra = {"tokenizer.ggml.token_type": [1] * 257 + [3] * (rows - 257)}
+    extra["tokenizer.ggml.tokens"] = [*TOKENS["tokens"], *map("[PAD{}]".format, range(rows - 259))]
+    file = write_gguf(tmp_path / "a.gguf", model, arch_of(name), kind, extra)
     state = load(convert_gguf.convert(file, tmp_path / "model", torch.float32))
     assert_same(state, meta_state(requantized(model, kind)))
 
@@ -612,8 +615,8 @@ UNKNOWN_KIND = {"blk.0.attn_x.weight": (np.ones((2, 2), np.int8), None)}
 GGUF_MISTAKES = {
     "architecture": (dict(arch="gemma2"), "gemma2"),
     "split": (dict(extra={"split.count": 2}), "merge"),
-    "mixture of experts": (dict(extra={"llama.expert_count": 8}), "expert_count 8"),
-    "partial rotation": (dict(extra={"llama.rope.dimension_count": 8}), "dimension_count 8"),
+    "mixture of experts": (dict(extra={"llama.expert_count": 8}), "expert_count is 8"),
+    "partial rotation": (dict(extra={"llama.rope.dimension_count": 8}), "dimension_count is 8"),
     "yarn": (
         dict(extra={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}),
         "yarn",
@@ -646,7 +649,7 @@ GGUF_MISTAKES = {
     "text for heads": (dict(extra={"llama.attention.head_count": "4"}), "head_count is '4'"),
     "text for KV heads": (dict(extra={"llama.attention.head_count_kv": "2"}), "count_kv is '2'"),
     "no dimensions": (dict(extra={"llama.embedding_length": 0}), "embedding_length is 0"),
-    "odd heads": (dict(extra={"llama.attention.head_count_kv": 3}), "num_key_value_heads is 3"),
+    "odd heads": (dict(extra={"llama.attention.head_count_kv": 3}), "head_count_kv is 3"),
     "text for eps": (
         dict(extra={"llama.attention.layer_norm_rms_epsilon": "small"}),
         "layer_norm_rms_epsilon is 'small', not a number",
