@@ -458,4 +458,4 @@ def report(args: Namespace, records: list[dict], **totals) -> None:
 
 
 if __name__ == "__main__":
-    run(main, make_parser())
+    run(main, make_parser(), parallel=True)

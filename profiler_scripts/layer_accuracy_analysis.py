@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tasks
 from checkpoint import find_device
 from cli import Parser, UserError, number, output_file, read_json, replacing, run
 from engine import load
@@ -256,21 +257,12 @@ class TaskLosses:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, args: Namespace):
         if lm_eval is None:
             raise UserError(f"--metric {args.metric} needs lm-eval; run `pip install lm-eval`")
-        from lm_eval.tasks import TaskManager
-
-        self.name, manager = args.metric, TaskManager(include_path=args.include_path)
-        if self.name not in manager.all_tasks:
-            raise UserError(
-                f"--metric {self.name} is neither kl nor perplexity nor a task of lm-eval; "
-                "`lm-eval ls tasks` lists them, --include_path DIR adds those of a folder"
-            )
-        try:
-            self.loaded = manager.load([self.name])
+        self.name = args.metric
+        manager, names = tasks.find([self.name], args.include_path)
+        with tasks.explaining(names):
+            self.loaded = manager.load(names)
             self.task = next(iter(self.loaded["tasks"].values()))
             count = len(self.task.eval_docs)
-        except (OSError, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"lm-eval cannot load {self.name} ({reason})") from None
         if len(self.loaded["tasks"]) != 1 or count < 4:
             raise UserError(f"--metric {self.name} should be one task with four documents or more")
         if self.task.get_config("num_fewshot") is None:
@@ -285,13 +277,14 @@ class TaskLosses:
 
     def __call__(self, part: str, start: int = 0) -> Tensor:
         self.task.set_fewshot_seed(seed=1234)  # the same examples every time, lm-eval's own
-        results = lm_eval.evaluate(  # simple_evaluate would ask the system about itself each time
-            self.evaluator,
-            self.loaded,
-            samples={self.name: self.documents[part]},
-            log_samples=True,
-            bootstrap_iters=0,
-        )
+        with tasks.explaining([self.name]):
+            results = lm_eval.evaluate(  # simple_evaluate asks the system about itself each time
+                self.evaluator,
+                self.loaded,
+                samples={self.name: self.documents[part]},
+                log_samples=True,
+                bootstrap_iters=0,
+            )
         samples = sorted(results["samples"][self.name], key=lambda sample: sample["doc_id"])
         for metric, higher in results["higher_is_better"][self.name].items():
             values = [sample.get(metric) for sample in samples]
@@ -565,8 +558,6 @@ def find_budget(args: Namespace, variants: Variants, hybrid: set[str]) -> float:
 
 def main(args: Namespace) -> None:
     check_suffix(args.report_file)
-    if args.include_path and not args.include_path.is_dir():
-        raise UserError(f"--include_path {args.include_path} is no folder; name the one with YAMLs")
     device = find_device(args.device)
     model, tokenizer = load(args.model_path, device, "bfloat16")
     if args.max_seq_length > model.args.block_size:

@@ -21,7 +21,6 @@ import io
 import json
 import statistics
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, replacing, run
+from cli import Parser, UserError, number, output_file, replacing, run, temporary_folder
 from engine import Engine, Sampling, generate, load_model
 from ranges import MARK, traced
 from scripts.machine import read_bandwidth
@@ -257,8 +256,8 @@ def profile_checkpoint(path: Path, device: torch.device, args: Namespace) -> Pro
         times = timed_run(engine, prompt.tolist(), args.max_new_tokens)
     with traced(engine), torch.profiler.profile() as profiler:
         timed_run(engine, prompt.tolist(), args.max_new_tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
+    with temporary_folder() as folder:
+        trace = folder / "trace.json"
         profiler.export_chrome_trace(str(trace))
         profile = analyse(read_trace(trace), str(path))
     steps = [(b - a) * 1e3 for a, b in zip(times[1:], times[2:], strict=False)]

@@ -20,7 +20,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections import defaultdict, deque
@@ -33,7 +32,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import default_checkpoint, find_device
-from cli import Parser, UserError, add_checkpoint_flags, number, output_file, replacing, run
+from cli import (
+    Parser,
+    UserError,
+    add_checkpoint_flags,
+    number,
+    output_file,
+    replacing,
+    run,
+    temporary_folder,
+)
 from engine import Engine, generate, load_model, synchronize
 from families import preset_names
 from linear import Linear
@@ -57,6 +65,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = {"llama.cpp": ("llama_cpp", "llama-cpp-python"), "transformers": ("transformers",) * 2}
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 VERIFIED = (2, 4, 8)  # tokens a speculative step verifies
 PROPOSED = 5  # at most, by a draft
 STORY = "Once upon a time, there was a"  # what speculation continues
@@ -202,8 +211,8 @@ def start_twice(case: Case, args: Namespace, length: int) -> dict:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from scripts import benchmark as b; "
     command = [sys.executable, "-c", code + "b.start(sys.argv[1])", json.dumps(words)]
     timing, found = Timing(), []
-    with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
+    with temporary_folder() as folder:
+        env = os.environ | dict.fromkeys(CACHES, str(folder))
         for _ in range(2):
             with timing.clock(args.device):
                 done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)

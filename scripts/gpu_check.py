@@ -21,7 +21,6 @@ import os
 import platform
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from argparse import ArgumentTypeError, Namespace
@@ -35,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, replacing, run
+from cli import Parser, UserError, number, output_file, replacing, run, temporary_folder
 from engine import synchronize
 from linear import kernels_for
 from scripts import gpu_correctness as correctness
@@ -382,9 +381,10 @@ def main(args: Namespace) -> None:
         raise UserError(f"{args.shapes[0]} takes hours on a CPU; add --shapes tiny")
     if not args.before:
         args.stages = [name for name in args.stages if name != "before"]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # compile cold
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
-        file = Path(folder, "rows.jsonl")
+    with temporary_folder() as folder:  # compile cold
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+        file = folder / "rows.jsonl"
         file.touch()
         (work if args.device.type == "cpu" else supervise)(args, file, began)
         rows = recorded(file)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +19,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import default_checkpoint, find_device
-from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
+from cli import (
+    Parser,
+    UserError,
+    add_model_flags,
+    number,
+    output_file,
+    replacing,
+    run,
+    temporary_folder,
+)
 from engine import Engine, Sampling, generate, load, synchronize
 from prefill_cache import PrefillCache
 from tokenizer import Tokenizer
@@ -79,13 +87,13 @@ def measure(
     """All figures of one context, a list of one value a run."""
     found: dict[str, list[float]] = {}
     for attempt in range(args.runs + 1):  # the first warms up
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             engine.cache = None
-            kept, seconds = stored(engine, context, Path(folder))
+            kept, seconds = stored(engine, context, folder)
             texts = {}
             for kind in KINDS:
                 # What a new process has: nothing in memory, and no fingerprint either.
-                new = PrefillCache(BYTES, Path(folder))
+                new = PrefillCache(BYTES, folder)
                 engine.cache = {"without": None, "from memory": kept, "from disk": new}[kind]
                 texts[kind], figures = timed(engine, context + prompt, args.max_new_tokens)
                 seconds |= {f"{name} {kind}": value for name, value in figures.items()}

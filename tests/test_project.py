@@ -23,7 +23,7 @@ from conftest import ROOT
 # A file imports only from lower floors.
 FLOORS = [
     {"cli", "build_cpp", "operators", "chat_template"},
-    {"kernels", "kernels_cuda", "cudagraph", "checkpoint", "tokenizer", "keys"},
+    {"tasks", "kernels", "kernels_cuda", "cudagraph", "checkpoint", "tokenizer", "keys"},
     {"linear", "kinds"},
     {"mixture"},
     {"model"},

@@ -1,0 +1,56 @@
+"""Finds lm-eval's tasks, and says in a sentence what is wrong with one or with its data.
+
+lm-eval reads task definitions, fetches data sets and renders templates. What fails in it has no
+common class: YAML, Jinja, PyArrow, HTTP and key errors all come through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cli import UserError
+
+OURS = Path(__file__).resolve().parent
+
+
+@contextlib.contextmanager
+def explaining(names: list[str]) -> Iterator[None]:
+    """Turn what lm-eval raises into a UserError; what this project's code raises is a bug."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[2:]  # behind this one and the caller's
+        if any(OURS in Path(frame.filename).parents for frame in frames if is_own(frame)):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        what = f"lm-eval cannot run {', '.join(names)} ({type(error).__name__}: {reason})"
+        raise UserError(f"{what}; check the task and that its data can be fetched") from None
+
+
+def is_own(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame is of this project, not of a package in a folder of it."""
+    return "site-packages" not in frame.filename
+
+
+def find(patterns: list[str], include_path: Path | None) -> tuple[Any, list[str]]:
+    """lm-eval's task manager and the names of the tasks that the patterns stand for."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        what = f"the task {patterns[0]} needs the package lm-eval"
+        raise UserError(f"{what}; run `pip install lm-eval==0.4.13`") from None
+    if include_path and not include_path.is_dir():
+        raise UserError(f"--include_path {include_path} is no folder; name the one with YAMLs")
+    with explaining([f"the tasks of {include_path or 'its package'}"]):
+        manager = TaskManager(include_path=include_path)
+    for pattern in patterns:
+        if not manager.match_tasks([pattern]):
+            what = f"lm-eval knows no task {pattern!r}; `lm-eval ls tasks` lists them"
+            raise UserError(f"{what}, --include_path DIR adds those of a folder")
+    return manager, manager.match_tasks(patterns)
