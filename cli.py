@@ -156,8 +156,11 @@ def open_streams() -> None:
     """Make the standard streams fit to use; UserError if there is no standard output."""
     for number in range(3):  # a file that took the place of one would get what is written there
         try:
+            fit = number or fcntl.fcntl(0, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY
             os.fstat(number)
         except OSError:
+            fit = False
+        if not fit:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
     if sys.stdout is None:
         raise UserError("standard output is closed; send it to a file or to /dev/null")
@@ -210,6 +213,19 @@ def leave(ending: int, _frame: Any) -> None:
     sys.exit(128 + ending)
 
 
+def tell_torchrun(text: str) -> None:
+    """Put a text where torchrun's report of a failed rank ends, below its own traceback.
+
+    https://docs.pytorch.org/docs/stable/elastic/errors.html
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            report = {"message": {"message": text, "extraInfo": extra}}
+            Path(file).write_text(json.dumps(report), encoding="utf-8")
+
+
 def run(
     main: Callable[[argparse.Namespace], None],
     parser: argparse.ArgumentParser,
@@ -230,6 +246,7 @@ def run(
             time.sleep(5)
             sys.stderr = Diagnostics(sys.__stderr__)
         print("\n" * sys.stderr.midline + f"error: {error}", file=sys.stderr)
+        tell_torchrun(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -357,12 +374,16 @@ def renaming(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_dead(path.parent, rf"\.\d+-{re.escape(path.name)}")
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+        os.utime(temporary, (0, 0))
         with locked(temporary):
             yield temporary
+        if os.stat(temporary).st_mtime == 0:  # PyTorch's profiler fails without a word
+            raise OSError("nothing was written")
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for file in (temporary, f"{temporary}.tmp"):  # the second is the profiler's
+            with contextlib.suppress(OSError):
+                os.unlink(file)
         with contextlib.suppress(OSError):
             for folder in missing:  # none that something is in
                 folder.rmdir()

@@ -247,6 +247,10 @@ class Evaluator(TemplateLM):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         for key, group in groups.items():
             settings = normalize_gen_kwargs(json.loads(key))
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                if not isinstance(settings.get(name, 0), int | float):
+                    what = f"{name} of a task is {settings[name]!r}"
+                    raise UserError(f"{what}, which should be a number; change its YAML")
             room = self.max_length - settings["max_gen_toks"]
             if not 0 < room < self.max_length:
                 raise UserError(

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import resource
 import statistics
 import sys
@@ -36,6 +35,7 @@ from cli import (
     output_file,
     replacing,
     run,
+    world_size,
 )
 from engine import FEW_ROWS, Engine, allocate_cache, generate, load, synchronize
 from linear import kernels_for
@@ -69,6 +69,14 @@ def is_random_prompt(prompt: str) -> bool:
     return prompt.isascii() and prompt.isdecimal()
 
 
+def read_stdin() -> str:
+    """The text on standard input; UserError if it has no end, as that of /dev/zero."""
+    text = sys.stdin.read(2**26)
+    if len(text) == 2**26:
+        raise UserError("standard input is longer than any context; pass a text of this model's")
+    return text
+
+
 def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
     """The prompts that the flags ask for, as token ids."""
     if args.prompts_file:
@@ -87,7 +95,7 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
         ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
         return [read_context(args, tokenizer) + ids]
     else:
-        texts = [on_rank0(sys.stdin.read).removesuffix("\n") if args.prompt == "-" else args.prompt]
+        texts = [on_rank0(read_stdin).removesuffix("\n") if args.prompt == "-" else args.prompt]
     return [
         tokenize(tokenizer, [*initial_messages(args), user_message(text)], args.chat)
         for text in texts
@@ -299,7 +307,7 @@ def check_flags(args: Namespace) -> None:
     if (args.prefill_cache or args.prefill_cache_gb is not None) and not args.prefill_context:
         raise UserError("--prefill_cache and --prefill_cache_gb go with --prefill_context; add it")
     needed = {"speculate": args.speculating, "prefill_cache": args.prefill_context}
-    needed |= {"ranges": args.profile, "tp": int(os.environ.get("WORLD_SIZE", 1)) > 1}
+    needed |= {"ranges": args.profile, "tp": world_size() > 1}
     needed |= {"chat": args.interactive, "jsonl": args.jsonl}
     flags = dict(speculate="speculation", prefill_cache="--prefill_context", ranges="--profile")
     flags |= dict(chat="--interactive", jsonl="--jsonl")

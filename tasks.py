@@ -26,16 +26,23 @@ def explaining(names: list[str]) -> Iterator[None]:
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)[2:]  # behind this one and the caller's
-        if any(OURS in Path(frame.filename).parents for frame in frames if is_own(frame)):
+        owners = [owner for frame in frames if (owner := owner_of(Path(frame.filename)))]
+        if owners and owners[-1] == "ours":
             raise
-        reason = " ".join(str(error).split())[:300]
-        what = f"lm-eval cannot run {', '.join(names)} ({type(error).__name__}: {reason})"
+        cause = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        reasons = dict.fromkeys(" ".join(str(part).split())[:200] for part in (error, cause))
+        what = f"lm-eval cannot run {', '.join(names)} ({type(error).__name__}: "
+        what += f"{': '.join(reasons)})"
         raise UserError(f"{what}; check the task and that its data can be fetched") from None
 
 
-def is_own(frame: traceback.FrameSummary) -> bool:
-    """Whether a frame is of this project, not of a package in a folder of it."""
-    return "site-packages" not in frame.filename
+def owner_of(file: Path) -> str:
+    """Whose code a frame is: this project's, lm-eval's, or that of something both call."""
+    if "site-packages" in file.parts:
+        return "lm-eval" if "lm_eval" in file.parts else ""
+    return "ours" if OURS in file.parents else ""
 
 
 def find(patterns: list[str], include_path: Path | None) -> tuple[Any, list[str]]:

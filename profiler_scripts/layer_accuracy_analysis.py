@@ -39,7 +39,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tasks
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, read_json, replacing, run
+from cli import (
+    Parser,
+    UserError,
+    is_writable,
+    number,
+    output_file,
+    read_json,
+    replacing,
+    run,
+)
 from engine import load
 from eval import Evaluator, lm_eval
 from linear import Linear, linear_for
@@ -47,7 +56,7 @@ from model import Transformer, TransformerBlock
 from profiler_scripts.profiler_analysis import (
     ROLES,
     chart,
-    check_suffix,
+    check_report,
     shown,
     table,
     write_report,
@@ -338,6 +347,10 @@ def read_state(args: Namespace, of: dict) -> dict:
             f"{path} is of an interrupted run with another {', '.join(changed)}; delete it to "
             "start anew, or name another --report_file"
         )
+    losses = state.get("losses")
+    rows = [*losses.values()] if isinstance(losses, dict) else [None]
+    if not all(isinstance(row, list) and {*map(type, row)} <= {int, float} for row in rows):
+        raise UserError(f"{path} is damaged; delete it to start anew")
     return state
 
 
@@ -348,7 +361,7 @@ def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> dict
     """
     names = [*variants.modules["int4"]]
     variants.use(dict.fromkeys(names, "int4"))
-    found = state["losses"]
+    found = state["losses"] = {k: v for k, v in state["losses"].items() if k in ("", *names)}
     if len(found) <= len(names):
         losses.remember("ranking")
     if found:
@@ -361,6 +374,8 @@ def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> dict
         variants.use({name: "int4"} if name else {})
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(state), encoding="utf-8")
+    if len({len(values) for values in found.values()}) > 1:
+        raise UserError(f"{path} is damaged; delete it to start anew")
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
@@ -510,16 +525,15 @@ def draw(layers: list[dict], metric: str, path: Path) -> None:
 
 def write_all(args: Namespace, layers: list[dict], models: list[dict], sizes: str) -> list[Path]:
     """Write the report, its chart and the list of layers; the paths of the files."""
-    text, report = report_text(args, layers, models, sizes), args.report_file
-    reports = [report, report.with_suffix(".md" if report.suffix == ".png" else ".png")]
-    for path in reports:
+    text = report_text(args, layers, models, sizes)
+    for path in reports(args.report_file):
         drawing = functools.partial(draw, layers, args.metric)
         write_report(path, text, csv_rows(layers, models), drawing)
     if args.layers_file:
         names = [row["name"] for row in layers if row["scheme"] == "int8"]
         with replacing(args.layers_file) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    return [*reports, *([args.layers_file] if args.layers_file else [])]
+    return [*reports(args.report_file), *([args.layers_file] if args.layers_file else [])]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -541,9 +555,31 @@ def make_parser() -> Parser:
     add("--budget", type=number(float, 0, 16), metavar="BITS", help=budget)
     add("--layers_file", type=output_file, metavar="OUT", help="write the int8 layers, one a line")
     about = "chance choices of as many bytes to compare with (default: 10)"
-    add("--random_choices", type=number(int, 2), default=10, metavar="N", help=about)
+    add("--random_choices", type=number(int, 2, 10000), default=10, metavar="N", help=about)
     add("--device", help="cpu, cuda, cuda:1, … (default: $DEVICE, else cuda if there is one)")
     return parser
+
+
+def reports(path: Path) -> list[Path]:
+    """The report that is asked for, and its chart; of a chart, its report."""
+    return [path, path.with_suffix(".md" if path.suffix == ".png" else ".png")]
+
+
+def check_flags(args: Namespace) -> None:
+    """Raise a UserError if a flag does nothing, or a file cannot be written or would be lost."""
+    outputs = reports(args.report_file) + [args.layers_file] * bool(args.layers_file)
+    for path in reports(args.report_file):
+        check_report(path)
+    for path in (*outputs, state_file(args.report_file)):
+        if not is_writable(path):
+            raise UserError(f"{path} cannot be written; name another --report_file")
+        if path in (args.text.resolve(), args.model_path.resolve()) or outputs.count(path) > 1:
+            raise UserError(f"{path} is named for two things; name another file")
+    on_text = args.metric in ("kl", "perplexity")
+    if on_text and args.include_path:
+        raise UserError("--include_path goes with --metric TASK; leave it out")
+    if not on_text and args.text != README:
+        raise UserError("--text goes with --metric kl or perplexity; leave it out")
 
 
 def find_budget(args: Namespace, variants: Variants, hybrid: set[str]) -> float:
@@ -557,7 +593,7 @@ def find_budget(args: Namespace, variants: Variants, hybrid: set[str]) -> float:
 
 
 def main(args: Namespace) -> None:
-    check_suffix(args.report_file)
+    check_flags(args)
     device = find_device(args.device)
     model, tokenizer = load(args.model_path, device, "bfloat16")
     if args.max_seq_length > model.args.block_size:

@@ -394,7 +394,7 @@ def make_parser() -> Parser:
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add("--draft", help="a checkpoint, or `lookup`: measure speculation, too")
     add("--peers", type=several(PEERS), default=[], help="llama.cpp,transformers: in the same run")
-    add("--threads", type=number(int, 1), help="CPU threads (default: torch's)")
+    add("--threads", type=number(int, 1, 4096), help="CPU threads (default: torch's)")
     add("--no-cold", action="store_true", help="no starts in new processes, no peak memory")
     add("--json", type=output_file, metavar="FILE", help="write the figures as JSON")
     add("--markdown", type=output_file, metavar="FILE", help="write the tables here, not to stdout")
@@ -421,6 +421,9 @@ def find_cases(args: Namespace) -> list[Case]:
         if longest > context:
             limit = f"the model's context of {context} positions"
             raise UserError(f"{flag} {longest} is beyond {limit}; lower it")
+    if max(args.depth) + args.gen > context:
+        what = f"--gen {args.gen} at --depth {max(args.depth)} is beyond the model's context"
+        raise UserError(f"{what} of {context} positions; lower either")
     return cases
 
 

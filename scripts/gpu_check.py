@@ -352,8 +352,8 @@ def several(known: Collection[str]) -> Callable[[str], list[str]]:
 
 def checkout(text: str) -> Path:
     """An argparse type: a folder with a gpu_check.py of its own."""
-    path = Path(text).resolve()
-    if not (path / "scripts" / "gpu_check.py").is_file():
+    path = Path(os.path.realpath(text))
+    if not os.path.isfile(path / "scripts" / "gpu_check.py"):
         raise ArgumentTypeError(f"there is no scripts/gpu_check.py in {text!r}; name a checkout")
     return path
 
@@ -386,7 +386,12 @@ def main(args: Namespace) -> None:
         os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
         file = folder / "rows.jsonl"
         file.touch()
-        (work if args.device.type == "cpu" else supervise)(args, file, began)
+        try:
+            (work if args.device.type == "cpu" else supervise)(args, file, began)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {file} ({error}); set TMPDIR to a folder with room"
+            ) from None
         rows = recorded(file)
     text, found = report(rows, args.device), {"device": str(args.device), "rows": rows}
     print(text, end="")

@@ -69,10 +69,14 @@ def stored(
     cache = PrefillCache(BYTES, folder)
     cache.prefill_context(context, model, engine.prefill)
     synchronize(model.device)
-    for name, action in (
-        ("store", lambda: cache.store(context, model)),
-        ("load", lambda: PrefillCache(BYTES, folder).lookup(context, model, 0).load_into(model)),
-    ):
+
+    def load() -> None:
+        entry = PrefillCache(BYTES, folder).lookup(context, model, 0)
+        if entry is None:
+            raise UserError(f"{folder} does not keep the context; set TMPDIR to a folder with room")
+        entry.load_into(model)
+
+    for name, action in (("store", lambda: cache.store(context, model)), ("load", load)):
         began = time.perf_counter()
         action()
         synchronize(model.device)

@@ -77,7 +77,7 @@ def event(name, ts, dur, cat="user_annotation", tid=1, **args):
 
 
 def analysed(*events):
-    return profiling.analyse([e | {"dur": float(e["dur"])} for e in events], "handmade")
+    return profiling.analyse([profiling.checked(e) for e in events], "handmade")
 
 
 def milliseconds(profile, phase="Decode"):
