@@ -431,8 +431,6 @@ def prefill_context(args: Namespace, cache: Any, context: list[int], engines: li
         return {}
     began, done = time.perf_counter(), 0
     for engine in engines:
-        cache.fingerprint(engine.model)  # so that no file of another engine's is taken for stale
-    for engine in engines:
         room = context[: engine.model.max_seq_length]
         done += cache.prefill_context(room, engine.model, Engine(engine.model).prefill)
     for engine in engines:

@@ -352,11 +352,11 @@ def main(args: Namespace) -> None:
     check_flags(args, by_gptq)
     args.device = find_device(args.device)
     path = args.checkpoint_path = args.checkpoint_path or default_checkpoint()
-    output = output_path(args)
     model = load_model(path, args.device if by_gptq else "cpu")
     linears = {n: module for n, module in model.named_modules() if isinstance(module, Linear)}
     if any(type(linear) is not Linear for linear in linears.values()):
         raise UserError(f"{path} is quantized already; pass the model.pth it was made of")
+    output = output_path(args)
     schemes = choose_schemes([*linears], args.mode, args.critical_layers)
     check_groups(linears, schemes, args.groupsize)
     sequences = calibration(args, model) if by_gptq else None

@@ -568,8 +568,6 @@ def reports(path: Path) -> list[Path]:
 def check_flags(args: Namespace) -> None:
     """Raise a UserError if a flag does nothing, or a file cannot be written or would be lost."""
     outputs = reports(args.report_file) + [args.layers_file] * bool(args.layers_file)
-    for path in reports(args.report_file):
-        check_report(path)
     for path in (*outputs, state_file(args.report_file)):
         if not is_writable(path):
             raise UserError(f"{path} cannot be written; name another --report_file")
@@ -580,6 +578,8 @@ def check_flags(args: Namespace) -> None:
         raise UserError("--include_path goes with --metric TASK; leave it out")
     if not on_text and args.text != README:
         raise UserError("--text goes with --metric kl or perplexity; leave it out")
+    for path in reports(args.report_file):
+        check_report(path)
 
 
 def find_budget(args: Namespace, variants: Variants, hybrid: set[str]) -> float:
