@@ -445,52 +445,59 @@ OFFLINE = NOWHERE + (
 )
 
 
-def begin(home: Path, fault: str, script: str, *flags: str, pattern: str) -> subprocess.Popen:
+@pytest.fixture
+def begin(home):
     """Start a script with a fault; return once a temporary file or folder of it is there."""
-    command = [*python(), "-c", START, ROOT / script, *flags]
-    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-    process = subprocess.Popen(command, cwd=home, env=environment(home) | {"FAULT": fault}, **pipes)
-    while not [*home.glob(pattern)]:
-        assert process.poll() is None
-        time.sleep(0.02)
-    return process
+    processes = []
+
+    def begin(fault: str, pattern: str, script: str, *flags: str) -> subprocess.Popen:
+        command = [*python(), "-c", START, ROOT / script, *flags]
+        options = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+        options |= dict(cwd=home, env=environment(home) | {"FAULT": fault})
+        processes.append(process := subprocess.Popen(command, **options))
+        while not [*home.glob(pattern)]:
+            assert process.poll() is None
+            time.sleep(0.02)
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
-def begin_quantizing(home: Path) -> subprocess.Popen:
-    flags = ("--checkpoint_path", "model.pth", "--device", "cpu", "--mode", "int8")
-    return begin(home, STUCK, "quantize.py", *flags, pattern=".*-model_int8.pth")
+QUANTIZE = ("--checkpoint_path", "model.pth", "--device", "cpu", "--mode", "int8")
+HALFWAY = {
+    "quantize": (STUCK, ".*-model_int8.pth", "quantize.py", *QUANTIZE),
+    "default_model": (WAITING, "tmp/smollm2-*", "scripts/default_model.py"),
+}
 
 
+@pytest.mark.parametrize("name", HALFWAY)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_script_that_is_told_to_end_leaves_nothing(home, number):
+def test_a_script_that_is_told_to_end_leaves_nothing(home, begin, name, number):
     before = contents(home)
-    for process in (
-        begin_quantizing(home),
-        begin(home, WAITING, "scripts/default_model.py", pattern="tmp/smollm2-*"),
-    ):
-        process.send_signal(number)
-        assert process.wait(timeout=30) == 128 + number
-        assert contents(home) == before
+    process = begin(*HALFWAY[name])
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
+    assert contents(home) == before
 
 
-def test_the_next_run_removes_what_a_killed_one_left(home):
+def test_the_next_run_removes_what_a_killed_one_left(home, begin):
     before = contents(home)
-    for process in (
-        begin_quantizing(home),
-        begin(home, WAITING, "scripts/default_model.py", pattern="tmp/smollm2-*"),
-    ):
+    for process in [begin(*command) for command in HALFWAY.values()]:
         process.kill()
         process.wait(timeout=30)
-    time.sleep(0.5)  # the child is killed by what stands for it
+    time.sleep(0.5)  # what stands for a child sees it end, and kills it
     assert contents(home) != before
-    done = shell(home, f"quantize --mode int8; FAULT={OFFLINE!r} run scripts/default_model.py")
+    done = shell(home, f'quantize --mode int8; FAULT="{OFFLINE}" run scripts/default_model.py')
     assert "no network" in done.stderr.splitlines()[-1]
     after = contents(home)
     assert after.pop("model_int8.pth") and after == before
 
 
-def test_a_run_leaves_alone_what_another_is_writing(home):
-    process = begin_quantizing(home)
+def test_a_run_leaves_alone_what_another_is_writing(home, begin):
+    process = begin(*HALFWAY["quantize"])
     (temporary,) = home.glob(".*-model_int8.pth")
     assert shell(home, "quantize --mode int8").returncode == 0
     assert temporary.exists()
@@ -499,13 +506,13 @@ def test_a_run_leaves_alone_what_another_is_writing(home):
     assert not temporary.exists()
 
 
-def test_the_script_that_fetches_the_default_model_is_told_to_end(home):
+def test_the_script_that_fetches_the_default_model_is_told_to_end(home, begin):
     """It removes its own files; who starts it waits for that."""
     script = "#!/bin/sh\ntrap 'rm tmp/there; exit 143' TERM\n: > tmp/there\nsleep 60 & wait\n"
     (home / "python").write_text(script)
     (home / "python").chmod(0o755)
-    process = begin(home, NOWHERE + "import sys; sys.executable = './python'", "generate.py",
-                    pattern="tmp/there")  # fmt: skip
+    fault = NOWHERE + "import sys; sys.executable = './python'"
+    process = begin(fault, "tmp/there", "generate.py")
     process.terminate()
     assert process.wait(timeout=30) == 143 and not (home / "tmp" / "there").exists()
 
