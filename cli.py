@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+LONGEST = 2**28  # characters of a text: more than a day of evaluation
 PRECISIONS = ("bfloat16", "float16", "float32")
 
 
@@ -267,6 +268,29 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object; fetch the file again")
     return value
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, a pipe or a device; UserError if it is none, or has no end."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(LONGEST)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise UserError(f"cannot read {path} ({error}); pass a UTF-8 text file") from None
+    if len(text) == LONGEST:
+        raise UserError(f"{path} has {LONGEST} characters or more; pass a shorter text")
+    return text
+
+
+def check_outputs(outputs: list[Path | None], inputs: list[Path | None]) -> None:
+    """Raise a UserError if a file cannot be written, is read, too, or is to hold two things."""
+    files = [Path(os.path.realpath(path)) for path in outputs if path and not is_stream(path)]
+    read = [os.path.realpath(path) for path in inputs if path]
+    for path in files:
+        if str(path) in read or files.count(path) > 1:
+            raise UserError(f"{path} is named for two things; name another file to write")
+        if not is_writable(path):
+            raise UserError(f"{path} cannot be written; name a file in a folder of yours")
 
 
 def own_output(path: Path) -> int | None:

@@ -30,7 +30,18 @@ import compare
 import tasks
 import tp
 from checkpoint import default_checkpoint, find_device
-from cli import PRECISIONS, Parser, UserError, add_model_flags, number, output_file, replacing, run
+from cli import (
+    PRECISIONS,
+    Parser,
+    UserError,
+    add_model_flags,
+    check_outputs,
+    number,
+    output_file,
+    read_text,
+    replacing,
+    run,
+)
 from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, allocate_cache, generate, load
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
@@ -317,10 +328,7 @@ def read_passes(evaluator: Evaluator, args: Namespace) -> tuple[str, list[Pair],
     Each token is scored once, after at least window - stride tokens before it (or all, if there
     are fewer), and the first after BOS.
     """
-    try:
-        text = args.perplexity.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --perplexity {args.perplexity} ({error})") from None
+    text = read_text(args.perplexity)
     ids = evaluator.tok_encode(text, add_special_tokens=False)
     if not ids:
         raise UserError(f"--perplexity {args.perplexity} is empty; give a file with text")
@@ -409,6 +417,7 @@ def check_flags(args: Namespace) -> None:
         raise UserError("--tasks needs the package lm-eval; pip install lm-eval==0.4.13")
     if args.against and not args.perplexity:
         raise UserError("--against needs a text; pass --perplexity FILE")
+    check_outputs([args.output_path], [args.perplexity, args.checkpoint_path, args.against])
     if args.prompt == "":
         raise UserError("--prompt is empty; give a text, or leave it out")
 

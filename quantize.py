@@ -20,7 +20,16 @@ from tqdm import tqdm
 
 import gptq
 from checkpoint import StateFile, check_finite, default_checkpoint, find_device
-from cli import Parser, UserError, add_checkpoint_flags, is_writable, number, replacing, run
+from cli import (
+    Parser,
+    UserError,
+    add_checkpoint_flags,
+    check_outputs,
+    number,
+    read_text,
+    replacing,
+    run,
+)
 from engine import load_model
 from linear import Linear, linear_for, pack_int4
 from model import Transformer
@@ -133,13 +142,6 @@ def choose_schemes(
             )
         schemes |= dict.fromkeys(matches, "int8")
     return schemes
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error})") from None
 
 
 def check_groups(linears: dict[str, Linear], schemes: dict[str, str], groupsize: int) -> None:
@@ -326,8 +328,7 @@ def output_path(args: Namespace) -> Path:
     stem = f"{args.checkpoint_path.stem}{args.label}"
     name = file_name(args.mode, args.groupsize, bool(args.critical_layers), stem)
     path = args.checkpoint_path.with_name(name)
-    if not is_writable(path):
-        raise UserError(f"{path} cannot be written; is its folder yours, and its name no folder's?")
+    check_outputs([path], [args.checkpoint_path, args.calibration_file])
     return path
 
 

@@ -7,6 +7,7 @@ common class: YAML, Jinja, PyArrow, HTTP and key errors all come through.
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,8 @@ def find(patterns: list[str], include_path: Path | None) -> tuple[Any, list[str]
         raise UserError(f"{what}; run `pip install lm-eval==0.4.13`") from None
     if include_path and not include_path.is_dir():
         raise UserError(f"--include_path {include_path} is no folder; name the one with YAMLs")
+    if include_path and not os.access(include_path, os.R_OK | os.X_OK):
+        raise UserError(f"--include_path {include_path} may not be read by you")
     with explaining([f"the tasks of {include_path or 'its package'}"]):
         manager = TaskManager(include_path=include_path)
     for pattern in patterns:

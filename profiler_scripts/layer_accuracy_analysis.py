@@ -42,10 +42,11 @@ from checkpoint import find_device
 from cli import (
     Parser,
     UserError,
-    is_writable,
+    check_outputs,
     number,
     output_file,
     read_json,
+    read_text,
     replacing,
     run,
 )
@@ -56,12 +57,12 @@ from model import Transformer, TransformerBlock
 from profiler_scripts.profiler_analysis import (
     ROLES,
     chart,
-    check_report,
+    reports,
     shown,
     table,
     write_report,
 )
-from quantize import GROUP_SIZES, INT8_IN_HYBRID, check_groups, quantize, read_text
+from quantize import GROUP_SIZES, INT8_IN_HYBRID, check_groups, quantize
 from tokenizer import Tokenizer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -264,8 +265,6 @@ class TaskLosses:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, args: Namespace):
-        if lm_eval is None:
-            raise UserError(f"--metric {args.metric} needs lm-eval; run `pip install lm-eval`")
         self.name = args.metric
         manager, names = tasks.find([self.name], args.include_path)
         with tasks.explaining(names):
@@ -560,26 +559,16 @@ def make_parser() -> Parser:
     return parser
 
 
-def reports(path: Path) -> list[Path]:
-    """The report that is asked for, and its chart; of a chart, its report."""
-    return [path, path.with_suffix(".md" if path.suffix == ".png" else ".png")]
-
-
-def check_flags(args: Namespace) -> None:
-    """Raise a UserError if a flag does nothing, or a file cannot be written or would be lost."""
-    outputs = reports(args.report_file) + [args.layers_file] * bool(args.layers_file)
-    for path in (*outputs, state_file(args.report_file)):
-        if not is_writable(path):
-            raise UserError(f"{path} cannot be written; name another --report_file")
-        if path in (args.text.resolve(), args.model_path.resolve()) or outputs.count(path) > 1:
-            raise UserError(f"{path} is named for two things; name another file")
+def check_flags(args: Namespace) -> bool:
+    """Whether the loss is one on text; UserError if a flag does nothing or a file would be lost."""
+    outputs = [*reports(args.report_file), state_file(args.report_file), args.layers_file]
+    check_outputs(outputs, [args.text, args.model_path])
     on_text = args.metric in ("kl", "perplexity")
     if on_text and args.include_path:
         raise UserError("--include_path goes with --metric TASK; leave it out")
     if not on_text and args.text != README:
         raise UserError("--text goes with --metric kl or perplexity; leave it out")
-    for path in reports(args.report_file):
-        check_report(path)
+    return on_text
 
 
 def find_budget(args: Namespace, variants: Variants, hybrid: set[str]) -> float:
@@ -593,12 +582,11 @@ def find_budget(args: Namespace, variants: Variants, hybrid: set[str]) -> float:
 
 
 def main(args: Namespace) -> None:
-    check_flags(args)
+    on_text = check_flags(args)
     device = find_device(args.device)
     model, tokenizer = load(args.model_path, device, "bfloat16")
     if args.max_seq_length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
-    on_text = args.metric in ("kl", "perplexity")
     parts = read_parts(args, tokenizer, device) if on_text else {}
     state = read_state(args, fingerprint(args, device))
     check_plain(model, args)

@@ -17,12 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import nn
 
-from cli import Parser, UserError, run
+from cli import Parser, UserError, read_text, run
 from engine import load_model
 from linear import Linear
 from model import Transformer
 from profiler_scripts.profiler_analysis import table
-from quantize import read_text
 from ranges import scheme_of
 
 RANKING = {"rank": "rank", "layer": "name", "scheme": "scheme", "saved": "saved"}  # md: csv

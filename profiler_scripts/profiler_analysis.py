@@ -34,7 +34,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, replacing, run, temporary_folder
+from cli import (
+    Parser,
+    UserError,
+    check_outputs,
+    number,
+    output_file,
+    replacing,
+    run,
+    temporary_folder,
+)
 from engine import Engine, Sampling, generate, load_model
 from ranges import MARK, traced
 from scripts.machine import read_bandwidth
@@ -508,6 +517,14 @@ def chart(rows: int, columns: int, size: tuple[float, float]):
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
+def reports(path: Path) -> list[Path]:
+    """The report that is asked for, and its chart; of a chart, its report. Both are checked."""
+    paths = [path, path.with_suffix(".md" if path.suffix == ".png" else ".png")]
+    for file in paths:
+        check_report(file)
+    return paths
+
+
 def check_report(path: Path) -> None:
     """Raise a `UserError` on a report whose ending says no format, or one that cannot be drawn."""
     if path.suffix not in SUFFIXES:
@@ -546,6 +563,7 @@ def make_parser() -> Parser:
 
 def main(args: Namespace) -> None:
     check_report(args.output_file)
+    check_outputs([args.output_file], [*args.trace, *args.model_path])
     names = [*map(str, args.model_path), *map(str, args.trace)]
     if not names:
         raise UserError("pass --model_path with checkpoints, or --trace with traces, or both")

@@ -36,6 +36,7 @@ from cli import (
     Parser,
     UserError,
     add_checkpoint_flags,
+    check_outputs,
     number,
     output_file,
     replacing,
@@ -482,6 +483,7 @@ def run_all(cases: list[Case], found: dict, args: Namespace) -> None:
 
 
 def main(args: Namespace) -> None:
+    check_outputs([args.json, args.markdown], [args.checkpoint_path])
     cases = find_cases(args)
     check_peers(cases, args)
     device = args.device = find_device(args.device)

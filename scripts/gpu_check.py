@@ -34,7 +34,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, replacing, run, temporary_folder
+from cli import (
+    Parser,
+    UserError,
+    check_outputs,
+    number,
+    output_file,
+    replacing,
+    run,
+    temporary_folder,
+)
 from engine import synchronize
 from linear import kernels_for
 from scripts import gpu_correctness as correctness
@@ -374,6 +383,7 @@ def make_parser() -> Parser:
 
 
 def main(args: Namespace) -> None:
+    check_outputs([args.json, args.markdown], [])
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA device; --device cpu --shapes tiny tries the script")
     args.device, began = find_device(args.device), time.time()

@@ -23,8 +23,10 @@ from cli import (
     Parser,
     UserError,
     add_model_flags,
+    check_outputs,
     number,
     output_file,
+    read_text,
     replacing,
     run,
     temporary_folder,
@@ -130,11 +132,7 @@ def row(length: int, found: dict[str, list[float]]) -> list[str]:
 
 def read_contexts(paths: list[Path], tokenizer: Tokenizer) -> list[list[int]]:
     """The token ids of each file, shortest first."""
-    try:
-        texts = [path.read_text(encoding="utf-8") for path in paths]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read a file of --contexts ({error}); pass text files") from None
-    contexts = [tokenizer.encode(text) for text in texts]
+    contexts = [tokenizer.encode(read_text(path)) for path in paths]
     if not all(contexts):
         raise UserError("a file of --contexts is empty; pass files with text")
     return sorted(contexts, key=len)
@@ -160,6 +158,7 @@ def make_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_outputs([args.output], [*args.contexts, args.checkpoint_path])
     path, device = args.checkpoint_path or default_checkpoint(), find_device(args.device)
     model, tokenizer = load(path, device, args.precision)
     prompt = tokenizer.encode(args.prompt, bos=False)

@@ -142,6 +142,7 @@ ROWS = [
     ("mkdir tasks", "tasks", "knows no task 'pages'"),
     ("", "tasks", "--include_path tasks is no folder"),
     (": > tasks", "tasks", "--include_path tasks is no folder"),
+    ("mkdir -m 0 tasks", "tasks", "--include_path tasks may not be read"),
     (
         "task 'output_type: generate_until' 'doc_to_target: a' "
         "'generation_kwargs: {until: x, top_k: hot}'; echo '{\"page\": \"a\"}' > d.json",
@@ -178,8 +179,8 @@ ROWS = [
     ("", "evaluate --tasks x --stride 3", "--stride goes with --perplexity"),
     ("", "evaluate --tasks x --against model.pth", "--against needs a text"),
     ("", "evaluate", "one of the arguments --tasks --perplexity is required"),
-    ("", "evaluate --perplexity nowhere", f"{READ} --perplexity nowhere"),
-    ("", "evaluate --perplexity .", f"{READ} --perplexity ."),
+    ("", "evaluate --perplexity nowhere", f"{READ} nowhere"),
+    ("", "evaluate --perplexity .", f"{READ} . ([Errno 21]"),
     ("", "evaluate --perplexity model.pth", "'utf-8' codec"),
     (": > empty", "evaluate --perplexity empty", "empty is empty"),
     ("chmod 0 text.txt", "perplexity", "Permission denied: 'text.txt'"),
@@ -317,6 +318,17 @@ ROWS = [
         "ulimit -f 2; profile --model_path model.pth --prompt_tokens 4 --max_new_tokens 2",
         "trace.json (nothing was written)",
     ),
+    # ---- Files without an end, and those that would be lost
+    ("", "evaluate --perplexity /dev/zero", "/dev/zero has 268435456 characters"),
+    ("", "gptq --calibration_file /dev/zero", "/dev/zero has 268435456 characters"),
+    ("", "ranked --text /dev/zero", "/dev/zero has 268435456 characters"),
+    ("", "generate --prompt - < /dev/zero", "standard input is longer than any context"),
+    ("", "perplexity --output_path text.txt", "text.txt is named for two things"),
+    ("", "perplexity --output_path model.pth", "model.pth is named for two things"),
+    ("", "experiment --contexts short --output short", "short is named for two things"),
+    ("", "benchmark --json o --markdown o", "o is named for two things"),
+    ("", "gpu_check --json o --markdown o", "o is named for two things"),
+    ("cp short t.md", "profile --trace t.md --output_file t.md", "t.md is named for two things"),
     # ---- What torchrun sets
     ("", "WORLD_SIZE=x generate", "the variable WORLD_SIZE: 'x' is not a whole number"),
     ("", "WORLD_SIZE= generate", "the variable WORLD_SIZE: '' is not a whole number"),
