@@ -41,9 +41,9 @@ def explaining(names: list[str]) -> Iterator[None]:
 
 def owner_of(file: Path) -> str:
     """Whose code a frame is: this project's, lm-eval's, or that of something both call."""
-    if "site-packages" in file.parts:
-        return "lm-eval" if "lm_eval" in file.parts else ""
-    return "ours" if OURS in file.parents else ""
+    if file.parent in (OURS, OURS / "profiler_scripts"):
+        return "ours"
+    return "lm-eval" if "lm_eval" in file.parts else ""
 
 
 def find(patterns: list[str], include_path: Path | None) -> tuple[Any, list[str]]:
