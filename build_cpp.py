@@ -43,7 +43,12 @@ def load_or_build(source: Path, flags: str) -> None:
     key = hashlib.sha256(repr((source.read_bytes(), flags, version)).encode()).digest()
     library = cache_folder() / f"{PREFIX}{key.hex()[:16]}.so"
     with contextlib.suppress(OSError):
-        return load_sealed(library, key)
+        load_sealed(library, key)
+        with contextlib.suppress(OSError):
+            handle = os.open(library.parent, os.O_RDONLY)
+            take_cache(handle, library.parent, fcntl.LOCK_NB)
+            os.close(handle)
+        return
     print("building kernels for this CPU, once ...", file=sys.stderr)
     try:
         with build_folder(library.parent) as folder:
@@ -74,16 +79,21 @@ def cache_folder() -> Path:
         ) from None
 
 
+def take_cache(handle: int, cache: Path, option: int = 0) -> None:
+    """Lock a cache folder until its handle is closed; remove the folders of builds that died."""
+    with contextlib.suppress(OSError):  # some network file systems have no locks: all build
+        fcntl.flock(handle, fcntl.LOCK_EX | option)  # released when a process dies, however it does
+        for abandoned in cache.glob(f".{PREFIX}*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def build_folder(cache: Path) -> Iterator[Path]:
     """Yield a temporary folder in the cache while no other process builds there."""
     cache.mkdir(parents=True, exist_ok=True)
     handle = os.open(cache, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: all build
-            fcntl.flock(handle, fcntl.LOCK_EX)  # released when a process dies, however it does
-            for abandoned in cache.glob(f".{PREFIX}*"):
-                shutil.rmtree(abandoned, ignore_errors=True)
+        take_cache(handle, cache)
         options = {"prefix": f".{PREFIX}", "dir": cache, "ignore_cleanup_errors": True}
         with tempfile.TemporaryDirectory(**options) as folder:
             yield Path(folder)

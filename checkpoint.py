@@ -33,9 +33,14 @@ def default_checkpoint() -> Path:
     if not DEFAULT_CHECKPOINT.exists():
         if not script.exists():
             raise UserError(f"no --checkpoint_path was given, and there is no {script} to make one")
-        done = subprocess.run([sys.executable, str(script)], stdout=sys.stderr)
-        if done.returncode:
-            sys.exit(done.returncode)  # the script has said why
+        with subprocess.Popen([sys.executable, str(script)], stdout=sys.stderr) as process:
+            try:
+                code = process.wait()
+            except BaseException:  # a signal: `run` would kill the script with its files in place
+                process.terminate()
+                raise
+        if code:
+            sys.exit(code)  # the script has said why
     return DEFAULT_CHECKPOINT
 
 

@@ -195,18 +195,17 @@ def measure(logits: Tensor, reference: Tensor, targets: Tensor) -> Measures:
 def measures(sides: tuple[Side, Side], pairs: list, size: int) -> Measures:
     """Run both sides over `(context, continuation)` pairs and compare the continuations."""
     found, total = [], sum(len(continuation) for _, continuation in pairs)
-    bar = tqdm(desc="comparing", total=total, unit="token")
-    for context, continuation in pairs:
-        ids, targets = context + continuation[:-1], torch.tensor(continuation)
-        streams = [chunks(side, ids, len(context) - 1) for side in sides]
-        for logits, reference in zip(*streams, strict=True):
-            here, targets = targets.split([len(logits), len(targets) - len(logits)])
-            device = logits.device if logits.device.type == "cuda" else "cpu"  # knows float64
-            parts = [x[:, :size].to(device).split(ROWS) for x in (logits, reference)]
-            for mine, other, next_ids in zip(*parts, here.to(device).split(ROWS), strict=True):
-                found.append(torch.stack(measure(mine.double(), other.double(), next_ids)).cpu())
-                bar.update(len(next_ids))
-    bar.close()
+    with tqdm(desc="comparing", total=total, unit="token") as bar:
+        for context, continuation in pairs:
+            ids, targets = context + continuation[:-1], torch.tensor(continuation)
+            streams = [chunks(side, ids, len(context) - 1) for side in sides]
+            for logits, reference in zip(*streams, strict=True):
+                here, targets = targets.split([len(logits), len(targets) - len(logits)])
+                device = logits.device if logits.device.type == "cuda" else "cpu"  # knows float64
+                parts = [x[:, :size].to(device).split(ROWS) for x in (logits, reference)]
+                for mine, other, at in zip(*parts, here.to(device).split(ROWS), strict=True):
+                    found.append(torch.stack(measure(mine.double(), other.double(), at)).cpu())
+                    bar.update(len(at))
     return Measures(*torch.cat(found, 1))
 
 
@@ -232,14 +231,15 @@ def compare(sides: tuple[Side, Side], text: str, pairs: list, args: Namespace) -
     size = common_vocabulary(sides, text)
     prompt = ours.tokenizer.encode(args.prompt) if args.prompt else sum(pairs[0], [])[: PROMPT + 1]
     length = max(len(context) + len(continuation) - 1 for context, continuation in pairs)
-    length = max(length, len(prompt) + args.max_new_tokens)
+    count = args.max_new_tokens or 64
+    length = max(length, len(prompt) + count)
     for side in sides:
         if length > side.context:
             what = f"the prompt has {len(prompt)} tokens, and with --max_new_tokens it is over"
             raise UserError(f"{what} the context of {side.path}, {side.context}; lower either")
         side.reserve(length)
     found, ends = measures(sides, pairs, size), ours.tokenizer.eos_ids
-    texts = [side.continuation(prompt, args.max_new_tokens, ends, size) for side in sides]
+    texts = [side.continuation(prompt, count, ends, size) for side in sides]
     tokens = enumerate(zip(*texts, strict=False))
     figures = {
         "kl": found.kl.mean().item(),

@@ -27,9 +27,21 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import compare
+import tasks
 import tp
 from checkpoint import default_checkpoint, find_device
-from cli import PRECISIONS, Parser, UserError, add_model_flags, number, output_file, replacing, run
+from cli import (
+    PRECISIONS,
+    Parser,
+    UserError,
+    add_model_flags,
+    check_outputs,
+    number,
+    output_file,
+    read_text,
+    replacing,
+    run,
+)
 from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, allocate_cache, generate, load
 from model import Transformer
 from tokenizer import StreamDecoder, Tokenizer
@@ -246,6 +258,10 @@ class Evaluator(TemplateLM):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         for key, group in groups.items():
             settings = normalize_gen_kwargs(json.loads(key))
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                if not isinstance(settings.get(name, 0), int | float):
+                    what = f"{name} of a task is {settings[name]!r}"
+                    raise UserError(f"{what}, which should be a number; change its YAML")
             room = self.max_length - settings["max_gen_toks"]
             if not 0 < room < self.max_length:
                 raise UserError(
@@ -293,22 +309,13 @@ class Evaluator(TemplateLM):
 
 def run_tasks(evaluator: Evaluator, args: Namespace) -> dict:
     """Run lm-eval's tasks and print its tables; returns its results."""
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    manager = TaskManager(include_path=args.include_path)
-    for name in args.tasks:
-        if not manager.match_tasks([name]):
-            what = f"lm-eval knows no task {name!r}; `lm-eval ls tasks` lists them"
-            raise UserError(f"{what}, --include_path DIR adds those of a folder")
-    tasks = manager.match_tasks(args.tasks)
+    manager, names = tasks.find(args.tasks, args.include_path)
     options = {"limit": args.limit, "num_fewshot": args.num_fewshot, "log_samples": False}
-    try:
-        results = lm_eval.simple_evaluate(evaluator, tasks=tasks, task_manager=manager, **options)
-        results = results or {}  # lm-eval keeps them from all ranks of torchrun but one
-    except (OSError, ImportError) as error:  # data that cannot be fetched, a package of the task
-        reason = " ".join(str(error).split())
-        raise UserError(f"lm-eval cannot run {', '.join(tasks)} ({reason})") from None
+    with tasks.explaining(names):
+        results = lm_eval.simple_evaluate(evaluator, tasks=names, task_manager=manager, **options)
+    results = results or {}  # lm-eval keeps them from all ranks of torchrun but one
     for part in ("results", "groups"):
         if results.get(part):
             print(make_table(results, part))
@@ -321,10 +328,7 @@ def read_passes(evaluator: Evaluator, args: Namespace) -> tuple[str, list[Pair],
     Each token is scored once, after at least window - stride tokens before it (or all, if there
     are fewer), and the first after BOS.
     """
-    try:
-        text = args.perplexity.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --perplexity {args.perplexity} ({error})") from None
+    text = read_text(args.perplexity)
     ids = evaluator.tok_encode(text, add_special_tokens=False)
     if not ids:
         raise UserError(f"--perplexity {args.perplexity} is empty; give a file with text")
@@ -398,7 +402,7 @@ def make_parser() -> Parser:
     add("--against_precision", choices=PRECISIONS, help="of the reference (default: --precision)")
     add("--max_kl", type=number(float, 0), help="exit with 1 if the KL divergence is over this")
     add("--prompt", help="what both continue greedily (default: the start of the text)")
-    add("--max_new_tokens", type=number(int, 1), default=64, help="of --against (default: 64)")
+    add("--max_new_tokens", type=number(int, 1), help="of --against (default: 64)")
     return parser
 
 
@@ -406,18 +410,19 @@ def check_flags(args: Namespace) -> None:
     """Raise a UserError if a flag has nothing to go with."""
     if args.stride and args.tasks:
         raise UserError("--stride goes with --perplexity; leave it out")
-    if args.perplexity and (args.limit or args.num_fewshot or args.include_path):
-        raise UserError("--limit, --num_fewshot and --include_path go with --tasks; leave them out")
-    if args.include_path and not args.include_path.is_dir():
-        raise UserError(f"--include_path {args.include_path} is no folder; name the one with YAMLs")
+    goes_with = dict.fromkeys(("limit", "num_fewshot", "include_path"), "tasks")
+    only = ("against_device", "against_precision", "max_kl", "prompt", "max_new_tokens")
+    goes_with |= dict.fromkeys(only, "against")
+    for name, other in goes_with.items():
+        if getattr(args, name) is not None and not getattr(args, other):
+            raise UserError(f"--{name} goes with --{other}; leave it out")
     if args.tasks and lm_eval is None:
         raise UserError("--tasks needs the package lm-eval; pip install lm-eval==0.4.13")
-    only = ("against_device", "against_precision", "max_kl", "prompt")
-    given = [f"--{name}" for name in only if getattr(args, name) is not None]
-    if given and not args.against:
-        raise UserError(f"{given[0]} goes with --against; leave it out")
     if args.against and not args.perplexity:
         raise UserError("--against needs a text; pass --perplexity FILE")
+    check_outputs([args.output_path], [args.perplexity, args.checkpoint_path, args.against])
+    if args.prompt == "":
+        raise UserError("--prompt is empty; give a text, or leave it out")
 
 
 def main(args: Namespace) -> None:
@@ -453,4 +458,4 @@ def evaluate(args: Namespace, device: torch.device, shard: tp.Shard | None) -> t
 
 
 if __name__ == "__main__":
-    run(main, make_parser())
+    run(main, make_parser(), parallel=True)

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import resource
 import statistics
 import sys
@@ -30,7 +29,7 @@ from cli import (
     Parser,
     UserError,
     add_model_flags,
-    is_stream,
+    check_outputs,
     json_object,
     named_path,
     number,
@@ -40,6 +39,7 @@ from cli import (
     replaced,
     replacing,
     run,
+    world_size,
 )
 from engine import FEW_ROWS, Engine, allocate_cache, generate, load, synchronize
 from linear import kernels_for
@@ -73,6 +73,14 @@ def is_random_prompt(prompt: str) -> bool:
     return prompt.isascii() and prompt.isdecimal()
 
 
+def read_stdin() -> str:
+    """The text on standard input; UserError if it has no end, as that of /dev/zero."""
+    text = sys.stdin.read(2**26)
+    if len(text) == 2**26:
+        raise UserError("standard input is longer than any context; pass a text of this model's")
+    return text
+
+
 def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
     """The prompts of the command line, as token ids."""
     if args.prompts_file:
@@ -91,7 +99,7 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
         ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
         return [read_context(args, tokenizer) + ids]
     else:
-        texts = [on_rank0(sys.stdin.read).removesuffix("\n") if args.prompt == "-" else args.prompt]
+        texts = [on_rank0(read_stdin).removesuffix("\n") if args.prompt == "-" else args.prompt]
     return [
         tokenize(tokenizer, [*initial_messages(args), user_message(text)], args.chat)
         for text in texts
@@ -309,26 +317,17 @@ def with_defaults(args: Namespace) -> Namespace:
             "--prefill_cache and --prefill_cache_gb go with --prefill_context; add it",
         ),
     )
-    check_outputs(args)
+    models = args.checkpoint_path, args.draft_checkpoint_path
+    check_outputs([args.profile, args.json], [*models, args.prompts_file])
     files = {"speculate": (draft, "speculation"), "chat": (talk, "--interactive")}
     files |= {"jsonl": (args.jsonl, "--jsonl"), "ranges": (args.profile, "--profile")}
     files["prefill_cache"] = (args.prefill_context, "--prefill_context")
-    files["tp"] = (int(os.environ.get("WORLD_SIZE", 1)) > 1, "torchrun")
+    files["tp"] = (world_size() > 1, "torchrun")
     for name, (asked, flag) in files.items():
         if asked and optional(name) is None:
             raise UserError(f"{flag} needs {name}.py; put it beside generate.py")
     rows = args.batch_size or (None if args.prompts_file and not draft else 1)
     return replaced(args, chat=chat, batch_size=rows, speculate_k=args.speculate_k or 5)
-
-
-def check_outputs(args: Namespace) -> None:
-    """Raise a `UserError` if a file to be written is one to be read, or if two are the same."""
-    outputs = [path for path in (args.profile, args.json) if path and not is_stream(path)]
-    inputs = (args.checkpoint_path, args.draft_checkpoint_path, args.prompts_file)
-    inputs = {os.path.realpath(path) for path in inputs if path}
-    for path in outputs:
-        if outputs.count(path) > 1 or str(path) in inputs:
-            raise UserError(f"{path} would be overwritten; give --json or --profile another name")
 
 
 def start_engines(
@@ -451,8 +450,6 @@ def prefill_context(args: Namespace, cache: Any, context: list[int], engines: li
         return {}
     began, done = time.perf_counter(), 0
     for engine in engines:
-        cache.fingerprint(engine.model)  # so that its files do not count as stale
-    for engine in engines:
         room = context[: engine.model.max_seq_length]
         done += cache.prefill_context(room, engine.model, Engine(engine.model).prefill)
     for engine in engines:
@@ -486,4 +483,4 @@ def report(args: Namespace, records: list[dict], **totals) -> None:
 
 
 if __name__ == "__main__":
-    run(main, make_parser())
+    run(main, make_parser(), parallel=True)

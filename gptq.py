@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
+import tasks
 from cli import UserError
 from linear import Linear
 from model import Transformer, TransformerBlock
@@ -101,21 +101,13 @@ def gptq(
 
 def task_texts(names: list[str], include_path: Path | None) -> list[str]:
     """What a model reads in these lm-eval tasks; `UserError` on an unknown one."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("--calibration_tasks needs lm-eval; run `pip install lm-eval`") from None
-    manager = TaskManager(include_path=include_path)
+    manager, names = tasks.find(names, include_path)
     texts = []
-    for name in names:
-        if name not in manager.all_tasks:
-            raise UserError(
-                f"--calibration_tasks: lm-eval has no task {name!r}; see --include_path"
-            )
-        (task,) = manager.load([name])["tasks"].values()
-        task.build_all_requests(rank=0, world_size=1)
-        for request in task.instances:
-            texts.append("".join(part for part in request.args if isinstance(part, str)))
+    with tasks.explaining(names):
+        for task in manager.load(names)["tasks"].values():
+            task.build_all_requests(rank=0, world_size=1)
+            for request in task.instances:
+                texts.append("".join(part for part in request.args if isinstance(part, str)))
     return texts
 
 
@@ -221,8 +213,6 @@ def quantize_blocks(
     states = [model.embed(tokens[None].to(device)) for tokens in sequences]  # [1, T, dim]
     lengths = [x.shape[1] for x in states]
     longest, count = max(lengths), sum(lengths)
-    bar = tqdm(total=sum(isinstance(m, Linear) for m in names), desc="GPTQ", unit="matrix")
-
     model.setup_caches(0, longest)  # for the tables of rotations
     for layer in model.layers:
         layer.attention.kv_cache = AllAtOnce()
@@ -238,12 +228,9 @@ def quantize_blocks(
         for name, linear in linears.items():
             weight = quantize(f"{names[layer]}.{name}", linear.weight, hessians[name])
             weights[name + ".weight"] = weight.to(linear.weight)
-            bar.update()
         for i, state in enumerate(states):
             states[i] = run(state, weights)
     hessian = torch.zeros(model.args.dim, model.args.dim, device=device)
     for x in states:
         add_inputs(hessian, count, model.output, (model.norm(x),))  # spares us all logits
     quantize("output", model.output.weight, hessian)
-    bar.update()
-    bar.close()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from cli import UserError, parse_object
+from cli import LONGEST, UserError, parse_object
 from prompts import PROMPTS, check_prompt, read_context, requested_prompt
 from reuse import CachedRows
 from settings import Settings, check_settings
@@ -111,7 +111,7 @@ def read_lines(lines: SimpleQueue) -> None:
     """
     try:
         with open(sys.stdin.fileno(), "rb", closefd=False) as source:
-            for line in source:
+            for line in iter(lambda: source.readline(LONGEST), b""):
                 lines.put(line.decode(errors="replace"))
     finally:
         lines.put(None)

@@ -90,7 +90,6 @@ class PrefillCache:
         length = common_length(found.tokens, wanted) if found else 0
         if self.folder and length < len(wanted):
             on_disk = self.folder.find(wanted, length, model_id, model)
-            self.folder.warn_of_stale(wanted, on_disk, {*self.fingerprints.values()})
             if on_disk:
                 found, length = on_disk, common_length(on_disk.tokens, wanted)
                 self.keep(name_of(model_id, found.tokens), found)
@@ -242,15 +241,6 @@ class Folder:
             return self.warn(name, f"cannot be read ({error.strerror})")
         except ValueError as error:
             return self.warn(name, str(error))
-
-    def warn_of_stale(self, wanted: list[int], found: Entry | None, model_ids: set[str]) -> None:
-        """Warn if this context is stored, but of none of the running models."""
-        ranks = {model_id.partition("-")[2] for model_id in model_ids}
-        for match in self.names() if found is None else ():
-            stale = match[1] not in model_ids and match[1].partition("-")[2] in ranks
-            if stale and match[2] == hash_of(wanted):
-                why = "is of another checkpoint, precision, device or version of torch"
-                self.warn(match[0], why)
 
     def touch(self, name: str) -> None:
         """Mark a file as used now."""

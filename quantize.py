@@ -19,8 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import gptq
-from checkpoint import StateFile, check_finite, find_device
-from cli import Parser, UserError, add_checkpoint_flags, number, replacing, run
+from checkpoint import StateFile, check_finite, default_checkpoint, find_device
+from cli import (
+    Parser,
+    UserError,
+    add_checkpoint_flags,
+    check_outputs,
+    number,
+    read_text,
+    replacing,
+    run,
+)
 from engine import load_model
 from linear import Linear, linear_for, pack_int4
 from model import Transformer
@@ -119,7 +128,10 @@ def choose_schemes(
         return dict.fromkeys(names, "int4" if mode == "int4-gptq" else mode)
     critical = []
     for entry in critical_layers or INT8_IN_HYBRID:
-        critical += read_text(Path(entry[1:])).split() if entry.startswith("@") else [entry]
+        named = read_text(Path(entry[1:])).split() if entry.startswith("@") else [entry]
+        if not named:
+            raise UserError(f"--critical_layers {entry} names no layer; give it a name a line")
+        critical += named
     schemes = dict.fromkeys(names, "int4")
     for pattern in (pattern.removesuffix(".weight") for pattern in critical):
         matches = [name for name in names if fnmatchcase(name, pattern)]
@@ -130,13 +142,6 @@ def choose_schemes(
             )
         schemes |= dict.fromkeys(matches, "int8")
     return schemes
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error})") from None
 
 
 def check_groups(linears: dict[str, Linear], schemes: dict[str, str], groupsize: int) -> None:
@@ -215,16 +220,18 @@ def quantize_model(
         result = dequantize(model.get_submodule(name), tensors)
         errors[schemes[name]].append((result - weight.float()).square().mean().item())
         write_linear(file, name, tensors)
+        bar.update()
         return result
 
     for key, tensor in model.state_dict().items():
         if key.removesuffix(".weight") not in schemes:  # those are read one by one
             check_finite(args.checkpoint_path, key, tensor)
             file.write(file.places[key], tensor.cpu())
-    if sequences:
-        gptq.quantize_blocks(model, sequences, store)
-    else:
-        for name in tqdm(schemes, "quantizing", unit="matrix"):
+    title = "GPTQ" if sequences else "quantizing"
+    with tqdm(total=len(schemes), desc=title, unit="matrix") as bar:
+        if sequences:
+            gptq.quantize_blocks(model, sequences, store)
+        for name in () if sequences else schemes:
             store(name, model.get_submodule(name).weight.to(args.device))
     if sum(unseen):
         print(
@@ -282,44 +289,78 @@ def make_parser() -> Parser:
         "--calibration_tasks", nargs="+", metavar="TASK", help="lm-eval's, for GPTQ"
     )
     add("--include_path", type=Path, help="a folder with further lm-eval tasks")
-    add("--calibration_limit", type=number(int, 1), default=128, help="sequences for GPTQ")
-    add("--calibration_seq_length", type=number(int, 2), default=512, help="tokens of each")
+    limit = number(int, 1, 2**31)
+    add("--calibration_limit", type=limit, default=128, help="sequences for GPTQ (default: 128)")
+    about = "tokens of each (default: 512, or the model's context)"
+    add("--calibration_seq_length", type=number(int, 2), metavar="N", help=about)
     add("--pad_calibration_inputs", action="store_true", help="take shorter texts, too")
-    add("--percdamp", type=number(float, 0), default=0.01, help="damping of GPTQ's Hessians")
+    add("--percdamp", type=number(float, 0, 100), default=0.01, help="damping of GPTQ's Hessians")
     add("--blocksize", type=number(int, 1), default=128, help="columns GPTQ updates at once")
     add("--act_order", action="store_true", help="GPTQ rounds columns of large inputs first")
     return parser
 
 
-def main(args: Namespace) -> None:
-    if args.checkpoint_path is None:
-        raise UserError("pass --checkpoint_path with the model.pth to quantize")
-    by_gptq = args.gptq or args.mode == "int4-gptq"
-    if by_gptq and not (args.calibration_file or args.calibration_tasks):
-        raise UserError("GPTQ needs inputs: pass --calibration_file or --calibration_tasks")
+# What only GPTQ reads.
+GPTQ_FLAGS = ("calibration_file", "calibration_tasks", "calibration_limit", "act_order")
+GPTQ_FLAGS += ("calibration_seq_length", "pad_calibration_inputs", "percdamp", "blocksize")
+
+
+def check_flags(args: Namespace, by_gptq: bool) -> None:
+    """Raise a UserError if GPTQ lacks inputs, or a flag has nothing to go with."""
     if args.gptq and args.mode not in ("hybrid", "int4-gptq"):
         raise UserError("--gptq goes with --mode hybrid; int4 by GPTQ is --mode int4-gptq")
-    if args.critical_layers and args.mode != "hybrid":
-        raise UserError("--critical_layers goes with --mode hybrid")
+    needed = {name: (by_gptq, "GPTQ, --mode int4-gptq or --gptq") for name in GPTQ_FLAGS}
+    needed["include_path"] = (args.calibration_tasks, "--calibration_tasks")
+    needed["critical_layers"] = (args.mode == "hybrid", "--mode hybrid")
+    needed["groupsize"] = (not args.mode.startswith("int8"), "int4")
+    parser = make_parser()
+    for name, (there, what) in needed.items():
+        if getattr(args, name) != parser.get_default(name) and not there:
+            raise UserError(f"--{name} goes with {what}; leave it out")
+    if by_gptq and not (args.calibration_file or args.calibration_tasks):
+        raise UserError("GPTQ needs inputs: pass --calibration_file or --calibration_tasks")
+
+
+def output_path(args: Namespace) -> Path:
+    """Where the checkpoint goes, known before hours of work are spent."""
+    if "/" in args.label:
+        raise UserError(f"--label {args.label!r} is part of a file's name; leave the / out")
+    stem = f"{args.checkpoint_path.stem}{args.label}"
+    name = file_name(args.mode, args.groupsize, bool(args.critical_layers), stem)
+    path = args.checkpoint_path.with_name(name)
+    check_outputs([path], [args.checkpoint_path, args.calibration_file])
+    return path
+
+
+def calibration(args: Namespace, model: Transformer) -> list[Tensor]:
+    """The sequences of token ids that GPTQ runs."""
+    context = model.args.block_size
+    length = args.calibration_seq_length or min(512, context)
+    if length > context:
+        what = f"--calibration_seq_length {length} is over the model's context"
+        raise UserError(f"{what}, {context}; lower it")
+    if args.calibration_file:
+        texts = [read_text(args.calibration_file)]
+    else:
+        texts = gptq.task_texts(args.calibration_tasks, args.include_path)
+    encode = Tokenizer.from_folder(args.checkpoint_path.parent).encode
+    options = (length, args.calibration_limit, args.pad_calibration_inputs)
+    return gptq.calibration_sequences(texts, encode, *options)
+
+
+def main(args: Namespace) -> None:
+    by_gptq = args.gptq or args.mode == "int4-gptq"
+    check_flags(args, by_gptq)
     args.device = find_device(args.device)
-    path = args.checkpoint_path
+    path = args.checkpoint_path = args.checkpoint_path or default_checkpoint()
     model = load_model(path, args.device if by_gptq else "cpu")
     linears = {n: module for n, module in model.named_modules() if isinstance(module, Linear)}
     if any(type(linear) is not Linear for linear in linears.values()):
         raise UserError(f"{path} is quantized already; pass the model.pth it was made of")
+    output = output_path(args)
     schemes = choose_schemes([*linears], args.mode, args.critical_layers)
     check_groups(linears, schemes, args.groupsize)
-    sequences = None
-    if by_gptq:
-        encode = Tokenizer.from_folder(path.parent).encode
-        shape = (args.calibration_seq_length, args.calibration_limit, args.pad_calibration_inputs)
-        if args.calibration_file:
-            texts = [read_text(args.calibration_file)]
-        else:
-            texts = gptq.task_texts(args.calibration_tasks, args.include_path)
-        sequences = gptq.calibration_sequences(texts, encode, *shape)
-    stem = f"{path.stem}{args.label}"
-    output = path.with_name(file_name(args.mode, args.groupsize, bool(args.critical_layers), stem))
+    sequences = calibration(args, model) if by_gptq else None
     layout = stored_layout(model, schemes, args.groupsize)
     with replacing(output) as temporary, StateFile(temporary, layout) as file:
         errors = quantize_model(model, schemes, sequences, file, args)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import find_device
-from cli import UserError, number
+from cli import UserError, number, variable, world_size
 from linear import Int8ActivationLinear, Linear
 from model import AllHeadsNorm, FeedForward, ModelArgs, Transformer
 
@@ -51,13 +51,17 @@ def init(name: str | None) -> tuple[torch.device, Shard | None]:
 
     `name` is that of `--device`. Raises `UserError` if the ranks do not all join in TP_TIMEOUT.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     if world == 1:
         return find_device(name), None
+    place = variable("LOCAL_RANK", 0, 2**20, 0)
+    variable("MASTER_PORT", 0, 65535)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("WORLD_SIZE is set and MASTER_ADDR is not; start with torchrun")
     name = name or os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     if ":" in name:
         raise UserError(f"each process has a device of its own; pass --device {name.split(':')[0]}")
-    device = find_device(name if name == "cpu" else f"{name}:{os.environ.get('LOCAL_RANK', 0)}")
+    device = find_device(name if name == "cpu" else f"{name}:{place}")
     options: dict = {"timeout": datetime.timedelta(seconds=timeout())}
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)

@@ -37,8 +37,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tasks
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, read_json, replaced, replacing, run
+from cli import (
+    Parser,
+    UserError,
+    check_outputs,
+    number,
+    output_file,
+    read_json,
+    read_text,
+    replaced,
+    replacing,
+    run,
+)
 from engine import load
 from eval import Evaluator, lm_eval
 from linear import Linear, linear_for
@@ -46,12 +58,12 @@ from model import Transformer, TransformerBlock
 from profiler_scripts.profiler_analysis import (
     ROLES,
     chart,
-    check_suffix,
+    reports,
     shown,
     table,
     write_report,
 )
-from quantize import GROUP_SIZES, INT8_IN_HYBRID, check_groups, quantize, read_text
+from quantize import GROUP_SIZES, INT8_IN_HYBRID, check_groups, quantize
 from tokenizer import Tokenizer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -254,23 +266,12 @@ class TaskLosses:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, args: Namespace):
-        if lm_eval is None:
-            raise UserError(f"--metric {args.metric} needs lm-eval; run `pip install lm-eval`")
-        from lm_eval.tasks import TaskManager
-
-        self.name, manager = args.metric, TaskManager(include_path=args.include_path)
-        if self.name not in manager.all_tasks:
-            raise UserError(
-                f"--metric {self.name} is neither kl nor perplexity nor a task of lm-eval; "
-                "`lm-eval ls tasks` lists them, --include_path DIR adds those of a folder"
-            )
-        try:
-            self.loaded = manager.load([self.name])
+        self.name = args.metric
+        manager, names = tasks.find([self.name], args.include_path)
+        with tasks.explaining(names):
+            self.loaded = manager.load(names)
             self.task = next(iter(self.loaded["tasks"].values()))
             count = len(self.task.eval_docs)
-        except (OSError, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"lm-eval cannot load {self.name} ({reason})") from None
         if len(self.loaded["tasks"]) != 1 or count < 4:
             raise UserError(f"--metric {self.name} should be one task with four documents or more")
         if self.task.get_config("num_fewshot") is None:
@@ -285,13 +286,14 @@ class TaskLosses:
 
     def __call__(self, part: str, start: int = 0) -> Tensor:
         self.task.set_fewshot_seed(seed=1234)  # the same examples every time, lm-eval's own
-        results = lm_eval.evaluate(  # simple_evaluate would ask the system about itself each time
-            self.evaluator,
-            self.loaded,
-            samples={self.name: self.documents[part]},
-            log_samples=True,
-            bootstrap_iters=0,
-        )
+        with tasks.explaining([self.name]):
+            results = lm_eval.evaluate(  # simple_evaluate asks the system about itself each time
+                self.evaluator,
+                self.loaded,
+                samples={self.name: self.documents[part]},
+                log_samples=True,
+                bootstrap_iters=0,
+            )
         samples = sorted(results["samples"][self.name], key=lambda sample: sample["doc_id"])
         for metric, higher in results["higher_is_better"][self.name].items():
             values = [sample.get(metric) for sample in samples]
@@ -345,6 +347,10 @@ def read_state(args: Namespace, of: dict) -> dict:
             f"{path} is of an interrupted run with another {', '.join(changed)}; delete it to "
             "start anew, or name another --report_file"
         )
+    losses = state.get("losses")
+    rows = [*losses.values()] if isinstance(losses, dict) else [None]
+    if not all(isinstance(row, list) and {*map(type, row)} <= {int, float} for row in rows):
+        raise UserError(f"{path} is damaged; delete it to start anew")
     return state
 
 
@@ -355,7 +361,7 @@ def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> dict
     """
     names = [*variants.modules["int4"]]
     variants.use(dict.fromkeys(names, "int4"))
-    found = state["losses"]
+    found = state["losses"] = {k: v for k, v in state["losses"].items() if k in ("", *names)}
     if len(found) <= len(names):
         losses.remember("ranking")
     if found:
@@ -368,6 +374,8 @@ def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> dict
         variants.use({name: "int4"} if name else {})
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(state), encoding="utf-8")
+    if len({len(values) for values in found.values()}) > 1:
+        raise UserError(f"{path} is damaged; delete it to start anew")
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
@@ -517,16 +525,15 @@ def draw(layers: list[dict], metric: str, path: Path) -> None:
 
 def write_all(args: Namespace, layers: list[dict], models: list[dict], sizes: str) -> list[Path]:
     """Write the report, its chart and the list of layers; the paths of the files."""
-    text, report = report_text(args, layers, models, sizes), args.report_file
-    reports = [report, report.with_suffix(".md" if report.suffix == ".png" else ".png")]
-    for path in reports:
+    text = report_text(args, layers, models, sizes)
+    for path in reports(args.report_file):
         drawing = functools.partial(draw, layers, args.metric)
         write_report(path, text, csv_rows(layers, models), drawing)
     if args.layers_file:
         names = [row["name"] for row in layers if row["scheme"] == "int8"]
         with replacing(args.layers_file) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    return [*reports, *([args.layers_file] if args.layers_file else [])]
+    return [*reports(args.report_file), *([args.layers_file] if args.layers_file else [])]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -549,11 +556,23 @@ def make_parser() -> Parser:
     budget = "bits a weight of all Linears (default: those of quantize.py's hybrid)"
     add("--budget", type=number(float, 0, 16), metavar="BITS", help=budget)
     about = "random choices of as many bytes to compare with (default: 10)"
-    add("--random_choices", type=number(int, 2), default=10, metavar="N", help=about)
+    add("--random_choices", type=number(int, 2, 10000), default=10, metavar="N", help=about)
     add = parser.group("output")
     add("--report_file", type=output_file, required=True, help="ends in .txt, .md, .csv or .png")
     add("--layers_file", type=output_file, metavar="OUT", help="write the int8 layers, one a line")
     return parser
+
+
+def check_flags(args: Namespace) -> bool:
+    """Whether the loss is one on text; UserError if a flag does nothing or a file would be lost."""
+    outputs = [*reports(args.report_file), state_file(args.report_file), args.layers_file]
+    check_outputs(outputs, [args.text, args.model_path])
+    on_text = args.metric in ("kl", "perplexity")
+    if on_text and args.include_path:
+        raise UserError("--include_path goes with --metric TASK; leave it out")
+    if not on_text and args.text != README:
+        raise UserError("--text goes with --metric kl or perplexity; leave it out")
+    return on_text
 
 
 def find_budget(args: Namespace, variants: Variants, hybrid: set[str]) -> float:
@@ -567,14 +586,11 @@ def find_budget(args: Namespace, variants: Variants, hybrid: set[str]) -> float:
 
 
 def main(args: Namespace) -> None:
-    check_suffix(args.report_file)
-    if args.include_path and not args.include_path.is_dir():
-        raise UserError(f"--include_path {args.include_path} is no folder; name the one with YAMLs")
+    on_text = check_flags(args)
     device = find_device(args.device)
     model, tokenizer = load(args.model_path, device, "bfloat16")
     if args.max_seq_length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
-    on_text = args.metric in ("kl", "perplexity")
     parts = read_parts(args, tokenizer, device) if on_text else {}
     state = read_state(args, fingerprint(args, device))
     check_plain(model, args)

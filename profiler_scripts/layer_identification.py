@@ -17,12 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import nn
 
-from cli import Parser, UserError, run
+from cli import Parser, UserError, read_text, run
 from engine import load_model
 from linear import Linear
 from model import Transformer
 from profiler_scripts.profiler_analysis import table
-from quantize import read_text
 from ranges import scheme_of
 
 RANKING = {"rank": "rank", "layer": "name", "scheme": "scheme", "saved": "saved"}  # md: csv
@@ -48,12 +47,15 @@ def list_linears(model: Transformer) -> list[dict]:
     return rows
 
 
-def read_ranking(path: Path) -> dict[str, dict[str, str]]:
+def read_ranking(path: Path) -> dict[str, dict]:
     """Rank, proposed scheme and saved loss by layer, from a report; `UserError` if it has none."""
     text, found = read_text(path), []
     if path.suffix == ".csv":
-        keys = {key: RANKING[key] for key in RANKING}
-        found = [row for row in csv.DictReader(text.splitlines()) if row.get("row") == "layer"]
+        keys = RANKING
+        try:
+            found = [row for row in csv.DictReader(text.splitlines()) if row.get("row") == "layer"]
+        except csv.Error as error:
+            raise UserError(f"cannot read {path} ({error}); make the report again") from None
     else:
         keys, titles = {key: key for key in RANKING}, []
         for line in text.splitlines():
@@ -62,15 +64,18 @@ def read_ranking(path: Path) -> dict[str, dict[str, str]]:
                 titles = cells
             elif titles and len(cells) == len(titles) and cells[0].isdecimal():
                 found.append(dict(zip(titles, cells, strict=True)))
-    try:
-        rows = [{key: row[keys[key]] for key in RANKING} for row in found]
-    except KeyError:
-        rows = []
-    if not rows:
+    rows = [{key: row.get(keys[key]) for key in RANKING} for row in found]
+    if not rows or not all(row["layer"] for row in rows):
         raise UserError(
             f"{path} has no ranking of layers; make one with layer_accuracy_analysis.py, "
             "as .md, .txt or .csv"
         )
+    for row in rows:
+        try:
+            row |= {"rank": int(row["rank"]), "saved": float(row["saved"])}
+        except (TypeError, ValueError):
+            what = f"{path} ranks {row['layer']} {row['rank']!r} and saves {row['saved']!r} by it"
+            raise UserError(f"{what}, which should be numbers; make the report again") from None
     return {row["layer"]: row for row in rows}
 
 
@@ -81,8 +86,7 @@ def add_ranking(rows: list[dict], path: Path) -> None:
         if row["layer"] not in ranking:
             raise UserError(f"{path} is of another model: it does not rank {row['layer']}")
         found = ranking[row["layer"]]
-        row["rank"] = int(found["rank"])
-        row |= {"proposed": found["scheme"], "saved": float(found["saved"])}
+        row |= {"rank": found["rank"], "proposed": found["scheme"], "saved": found["saved"]}
 
 
 def make_parser() -> Parser:

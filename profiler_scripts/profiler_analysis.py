@@ -19,10 +19,12 @@ import dataclasses
 import gzip
 import io
 import json
+import math
+import re
 import statistics
 import sys
-import tempfile
 import time
+import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,7 +34,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import PRECISIONS, Parser, UserError, number, output_file, replacing, run
+from cli import (
+    PRECISIONS,
+    Parser,
+    UserError,
+    check_outputs,
+    number,
+    output_file,
+    replacing,
+    run,
+    temporary_folder,
+)
 from engine import Engine, Sampling, generate, load_model
 from ranges import MARK, traced
 from scripts.machine import read_bandwidth
@@ -58,6 +70,7 @@ IN_COMPILED = {  # operators that compiled code calls, and the type and scheme t
     "aten::_scaled_dot_product_efficient_attention": ("Attention", "-"),
     "aten::_scaled_dot_product_cudnn_attention": ("Attention", "-"),
 }
+RANGE = re.compile(rf"{MARK} ({'|'.join((*PHASES, *TYPES[:6]))}) (\S+) (\S+) (\d+) B")
 LAUNCHES, KERNELS = ("cuda_runtime", "cuda_driver"), ("kernel", "gpu_memcpy", "gpu_memset")
 OCCUPANCY = "est. achieved occupancy %"
 SUFFIXES = (".txt", ".md", ".csv", ".png")
@@ -128,13 +141,32 @@ def read_trace(path: Path) -> list[dict]:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         events = json.loads(raw)["traceEvents"]
-        whole = [event for event in events if event.get("ph") == "X"]
-        return [event | {"ts": float(event["ts"]), "dur": float(event["dur"])} for event in whole]
-    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [checked(event) for event in events if event.get("ph") == "X"]
+    except WRONG as error:
         raise UserError(
             f"cannot read {path} as a chrome trace ({type(error).__name__}: {error}); "
             "make one with generate.py --profile"
         ) from None
+
+
+# What reading and `checked` raise.
+WRONG = (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError)
+WRONG += (RecursionError,)
+
+
+def checked(event: dict) -> dict:
+    """An event with values of the types that the rest relies on; one of WRONG if it has others."""
+    times = {key: float(event[key]) for key in ("ts", "dur")}
+    if not all(map(math.isfinite, times.values())) or times["dur"] < 0:
+        raise ValueError(f"an event has the times {times}")
+    args = {**event.get("args", {})}
+    args |= {"correlation": str(args.get("correlation"))}
+    args |= {OCCUPANCY: float(args[OCCUPANCY])} if OCCUPANCY in args else {}
+    name, thread = event["name"] + "", f"{event.get('pid')} {event.get('tid')}"
+    marked = event.get("cat") == "user_annotation" and name.startswith(MARK)
+    if marked and not RANGE.fullmatch(name):
+        raise ValueError(f"ranges.py gives no range the name {name[:80]!r}")
+    return event | times | {"name": name, "thread": thread, "args": args}
 
 
 def identify(event: dict, inside: str) -> tuple[str, str, str, int] | None:
@@ -144,7 +176,7 @@ def identify(event: dict, inside: str) -> tuple[str, str, str, int] | None:
     """
     name, category = event["name"], event.get("cat")
     if category == "user_annotation" and name.startswith(MARK):
-        _, kind, scheme, module, size, _ = name.split()
+        kind, scheme, module, size = RANGE.fullmatch(name).groups()
         return kind, scheme, module.rpartition(".")[2] if kind == "Linear" else "-", int(size)
     if category not in ("cpu_op", "user_annotation"):
         return None
@@ -202,21 +234,21 @@ def analyse(events: list[dict], name: str) -> Profile:
     """Attribute the time in a trace; `UserError` if it has none of the ranges of ranges.py."""
     steps = [e for e in events if e["name"].startswith(tuple(f"{MARK} {p}" for p in PHASES))]
     if steps := [e for e in steps if e.get("cat") == "user_annotation"]:
-        threads = {(e["pid"], e["tid"]) for e in steps}
+        threads = {event["thread"] for event in steps}
     else:
         raise UserError(f"{name} has no step of a model in it; trace with generate.py --profile")
     kernels = [event for event in events if event.get("cat") in KERNELS]
     tallies: dict[Key, Tally] = collections.defaultdict(Tally)
-    owners: dict[int, Key] = {}
+    owners: dict[str, Key] = {}
     for thread in threads:
-        for what, item, key in walk(e for e in events if (e["pid"], e["tid"]) == thread):
+        for what, item, key in walk(event for event in events if event["thread"] == thread):
             if what == "launch":
-                owners[item.get("args", {}).get("correlation")] = key
+                owners[item["args"]["correlation"]] = key
             else:
                 tallies[item.key] += Tally(1, 0.0 if kernels else item.own_us, item.size)
     for kernel in kernels:
-        args = kernel.get("args", {})
-        key = owners.get(args.get("correlation"))
+        args = kernel["args"]
+        key = owners.get(args["correlation"])
         if key and "nccl" in kernel["name"].lower():
             key = (key[0], "Communication", "-", "-")
         if key:  # others ran before the first step
@@ -260,9 +292,10 @@ def profile_checkpoint(path: Path, device: torch.device, args: Namespace) -> Pro
         times = timed_run(engine, prompt.tolist(), args.max_new_tokens)
     with traced(engine), torch.profiler.profile() as profiler:
         timed_run(engine, prompt.tolist(), args.max_new_tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
+    with temporary_folder() as folder:
+        trace = folder / "trace.json"
+        with replacing(trace) as temporary:
+            profiler.export_chrome_trace(str(temporary))
         profile = analyse(read_trace(trace), str(path))
     steps = [(b - a) * 1e3 for a, b in zip(times[1:], times[2:], strict=False)]
     profile.notes = [
@@ -488,10 +521,20 @@ def chart(rows: int, columns: int, size: tuple[float, float]):
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
-def check_suffix(path: Path) -> None:
-    """Raise a `UserError` on a report whose ending says no format."""
+def reports(path: Path) -> list[Path]:
+    """The report that is asked for, and its chart; of a chart, its report. Both are checked."""
+    paths = [path, path.with_suffix(".md" if path.suffix == ".png" else ".png")]
+    for file in paths:
+        check_report(file)
+    return paths
+
+
+def check_report(path: Path) -> None:
+    """Raise a `UserError` on a report whose ending says no format, or one that cannot be drawn."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path.name} should end in one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".png":
+        chart(1, 1, (1, 1))
 
 
 def write_report(path: Path, text: str, rows: list[dict], draw_to: Callable[[Path], None]) -> None:
@@ -524,7 +567,8 @@ def make_parser() -> Parser:
 
 
 def main(args: Namespace) -> None:
-    check_suffix(args.output_file)
+    check_report(args.output_file)
+    check_outputs([args.output_file], [*args.trace, *args.model_path])
     names = [*map(str, args.model_path), *map(str, args.trace)]
     if not names:
         raise UserError("pass --model_path with checkpoints, or --trace with traces, or both")

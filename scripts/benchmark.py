@@ -20,7 +20,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections import defaultdict, deque
@@ -37,12 +36,14 @@ from cli import (
     Parser,
     UserError,
     add_checkpoint_flags,
+    check_outputs,
     number,
     output_file,
     refuse,
     replaced,
     replacing,
     run,
+    temporary_folder,
 )
 from engine import Engine, generate, load_model, synchronize
 from families import preset_names
@@ -67,6 +68,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = {"llama.cpp": ("llama_cpp", "llama-cpp-python"), "transformers": ("transformers",) * 2}
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 VERIFIED = (2, 4, 8)  # tokens a speculative step verifies
 PROPOSED = 5  # at most, by a draft
 STORY = "Once upon a time, there was a"  # what speculation continues
@@ -212,8 +214,8 @@ def start_twice(case: Case, args: Namespace, length: int) -> dict:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from scripts import benchmark as b; "
     command = [sys.executable, "-c", code + "b.start(sys.argv[1])", json.dumps(words)]
     timing, found = Timing(), []
-    with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
+    with temporary_folder() as folder:
+        env = os.environ | dict.fromkeys(CACHES, str(folder))
         for _ in range(2):
             with timing.clock(args.device):
                 done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
@@ -391,7 +393,7 @@ def make_parser() -> Parser:
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add("--draft", help="a checkpoint, or `lookup`: measure speculation, too")
     add("--peers", type=several(PEERS), default=[], help="llama.cpp,transformers: in the same run")
-    add("--threads", type=number(int, 1), help="CPU threads (default: torch's)")
+    add("--threads", type=number(int, 1, 4096), help="CPU threads (default: torch's)")
     add("--no-cold", action="store_true", help="no starts in new processes, no peak memory")
     add = parser.group("output")
     add("--json", type=output_file, metavar="FILE", help="write the figures as JSON")
@@ -415,6 +417,9 @@ def find_cases(args: Namespace) -> list[Case]:
         if longest > context:
             limit = f"the model's context of {context} positions"
             raise UserError(f"{flag} {longest} is beyond {limit}; lower it")
+    if max(args.depth) + args.gen > context:
+        what = f"--gen {args.gen} at --depth {max(args.depth)} is beyond the model's context"
+        raise UserError(f"{what} of {context} positions; lower either")
     return cases
 
 
@@ -478,6 +483,7 @@ def main(args: Namespace) -> None:
         (args.model and named, "--model makes random weights; leave it or --checkpoint_path out"),
         (args.draft and not named, "--draft needs real weights; add --checkpoint_path"),
     )
+    check_outputs([args.json, args.markdown], [named])
     path = named or (None if args.model else default_checkpoint())
     args = replaced(args, checkpoint_path=path)
     cases = find_cases(args)

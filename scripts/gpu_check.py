@@ -21,7 +21,6 @@ import os
 import platform
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from argparse import ArgumentTypeError, Namespace
@@ -35,7 +34,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, replaced, replacing, run
+from cli import (
+    Parser,
+    UserError,
+    check_outputs,
+    number,
+    output_file,
+    replaced,
+    replacing,
+    run,
+    temporary_folder,
+)
 from engine import synchronize
 from linear import kernels_for
 from scripts import gpu_correctness as correctness
@@ -353,8 +362,8 @@ def several(known: Collection[str]) -> Callable[[str], list[str]]:
 
 def checkout(text: str) -> Path:
     """An argparse type: a folder with a gpu_check.py of its own."""
-    path = Path(text).resolve()
-    if not (path / "scripts" / "gpu_check.py").is_file():
+    path = Path(os.path.realpath(text))
+    if not os.path.isfile(path / "scripts" / "gpu_check.py"):
         raise ArgumentTypeError(f"there is no scripts/gpu_check.py in {text!r}; name a checkout")
     return path
 
@@ -376,6 +385,7 @@ def make_parser() -> Parser:
 
 
 def main(args: Namespace) -> None:
+    check_outputs([args.json, args.markdown], [])
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA device; --device cpu --shapes tiny tries the script")
     args, began = replaced(args, device=find_device(args.device)), time.time()
@@ -383,11 +393,17 @@ def main(args: Namespace) -> None:
         raise UserError(f"{args.shapes[0]} takes hours on a CPU; add --shapes tiny")
     if not args.before:
         args = replaced(args, stages=[name for name in args.stages if name != "before"])
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # compile cold
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
-        file = Path(folder, "rows.jsonl")
+    with temporary_folder() as folder:  # compile cold
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+        file = folder / "rows.jsonl"
         file.touch()
-        (work if args.device.type == "cpu" else supervise)(args, file, began)
+        try:
+            (work if args.device.type == "cpu" else supervise)(args, file, began)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {file} ({error}); set TMPDIR to a folder with room"
+            ) from None
         rows = recorded(file)
     text, found = report(rows, args.device), {"device": str(args.device), "rows": rows}
     print(text, end="")

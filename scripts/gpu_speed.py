@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
+from cli import temporary_folder
 from engine import Engine, generate, synchronize
 from model import KVCache, ModelArgs
 from scripts.gpu_models import (
@@ -289,7 +289,7 @@ def measure_start(device: torch.device, shape: str, scheme: str, mode: str) -> d
     code = f"import json, sys; sys.path.insert(0, {str(ROOT)!r}); from scripts import gpu_speed; "
     code += "print(json.dumps(gpu_speed.first_tokens(*sys.argv[1:])))"
     command, row = [sys.executable, "-c", code, str(device), shape, scheme, mode], {}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with temporary_folder() as folder:
         names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
         env = os.environ | {name: f"{folder}/{name}" for name in names}
         for kind in ("cold", "warm"):

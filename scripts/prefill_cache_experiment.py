@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +19,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import default_checkpoint, find_device
-from cli import Parser, UserError, add_model_flags, number, output_file, replacing, run
+from cli import (
+    Parser,
+    UserError,
+    add_model_flags,
+    check_outputs,
+    number,
+    output_file,
+    read_text,
+    replacing,
+    run,
+    temporary_folder,
+)
 from engine import Engine, Sampling, generate, load, synchronize
 from prefill_cache import PrefillCache
 from tokenizer import Tokenizer
@@ -61,10 +71,14 @@ def stored(
     cache = PrefillCache(BYTES, folder)
     cache.prefill_context(context, model, engine.prefill)
     synchronize(model.device)
-    for name, action in (
-        ("store", lambda: cache.store(context, model)),
-        ("load", lambda: PrefillCache(BYTES, folder).lookup(context, model, 0).load_into(model)),
-    ):
+
+    def load() -> None:
+        entry = PrefillCache(BYTES, folder).lookup(context, model, 0)
+        if entry is None:
+            raise UserError(f"{folder} does not keep the context; set TMPDIR to a folder with room")
+        entry.load_into(model)
+
+    for name, action in (("store", lambda: cache.store(context, model)), ("load", load)):
         began = time.perf_counter()
         action()
         synchronize(model.device)
@@ -79,13 +93,13 @@ def measure(
     """All figures of one context, a list of one value a run."""
     found: dict[str, list[float]] = {}
     for attempt in range(args.runs + 1):  # the first warms up
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             engine.cache = None
-            kept, seconds = stored(engine, context, Path(folder))
+            kept, seconds = stored(engine, context, folder)
             texts = {}
             for kind in KINDS:
                 # What a new process has: nothing in memory, and no fingerprint either.
-                new = PrefillCache(BYTES, Path(folder))
+                new = PrefillCache(BYTES, folder)
                 engine.cache = {"without": None, "from memory": kept, "from disk": new}[kind]
                 texts[kind], figures = timed(engine, context + prompt, args.max_new_tokens)
                 seconds |= {f"{name} {kind}": value for name, value in figures.items()}
@@ -118,11 +132,7 @@ def row(length: int, found: dict[str, list[float]]) -> list[str]:
 
 def read_contexts(paths: list[Path], tokenizer: Tokenizer) -> list[list[int]]:
     """The token ids of each file, shortest first."""
-    try:
-        texts = [path.read_text(encoding="utf-8") for path in paths]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read a file of --contexts ({error}); pass text files") from None
-    contexts = [tokenizer.encode(text) for text in texts]
+    contexts = [tokenizer.encode(read_text(path)) for path in paths]
     if not all(contexts):
         raise UserError("a file of --contexts is empty; pass files with text")
     return sorted(contexts, key=len)
@@ -148,6 +158,7 @@ def make_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_outputs([args.output], [*args.contexts, args.checkpoint_path])
     path, device = args.checkpoint_path or default_checkpoint(), find_device(args.device)
     model, tokenizer = load(path, device, args.precision)
     prompt = tokenizer.encode(args.prompt, bos=False)

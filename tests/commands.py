@@ -1,9 +1,9 @@
 """Command lines at the price of a fork: a server imports torch and the project once for all.
 
 `[*python(), script, *flags]` behaves as `[sys.executable, script, *flags]` does, in a shell, too:
-it is a client that hands its streams, folder and environment to a child of the server, forwards
-signals, and ends as the child ends. The server runs no tensor operation, so it has no threads that
-a fork would lose.
+it is a client that hands its streams, folder, environment and limit of file sizes to a child of the
+server, forwards signals, and ends as the child ends. The server runs no tensor operation, so it has
+no threads that a fork would lose.
 
 What has to start a Python of its own stays with `sys.executable`: blocked imports, another copy of
 the scripts, and variables that a library reads when it is loaded.
@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -121,13 +122,17 @@ def attend(client: socket.socket) -> NoReturn:
     os._exit(0)
 
 
-def run_child(streams: list, closed: list, argv: list, cwd: str, env: dict) -> NoReturn:
+def run_child(
+    streams: list, closed: list, argv: list, cwd: str, env: dict, file_size: list
+) -> NoReturn:
     """Become `python *argv`, and end as it does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, tuple(file_size))
     os.closerange(3, min(streams))
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # that of the server, if it was asked for
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -200,6 +205,7 @@ def call(address: str, argv: list[str]) -> int:
         server.connect(address)
         socket.send_fds(server, [b"\n"], [0, 1, 2])
         request = {"closed": closed, "argv": argv, "cwd": os.getcwd(), "env": dict(os.environ)}
+        request["file_size"] = resource.getrlimit(resource.RLIMIT_FSIZE)  # of `ulimit -f`
         server.sendall(json.dumps(request).encode() + b"\n")
         answers = server.makefile()
         child = int(answers.readline())

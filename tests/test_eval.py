@@ -426,8 +426,8 @@ def test_the_tasks_of_lm_eval_itself_are_there(checkpoint, monkeypatch, capsys):
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     flags = ["--tasks", "hellaswag", "--checkpoint_path", checkpoint, "--device", "cpu"]
-    expected = "error: lm-eval cannot run hellaswag (no network)"
-    assert mistake(flags, monkeypatch, capsys) == expected
+    expected = "error: lm-eval cannot run hellaswag (ConnectionError: no network); check"
+    assert mistake(flags, monkeypatch, capsys).startswith(expected)
 
 
 def test_mistakes_are_one_line(checkpoint, tasks, tmp_path, monkeypatch, capsys, few_tasks):
@@ -437,8 +437,8 @@ def test_mistakes_are_one_line(checkpoint, tasks, tmp_path, monkeypatch, capsys,
     for flags, words in (
         ([], "one of the arguments --tasks --perplexity is required"),
         (["--tasks", "tiny_page", "no_such", "--include_path", tasks, *model], "task 'no_such'"),
-        (["--perplexity", tmp_path / "none.txt", *model], "cannot read --perplexity"),
-        (["--perplexity", tmp_path / "text.txt", "--limit", 3], "go with --tasks"),
+        (["--perplexity", tmp_path / "none.txt", *model], "cannot read"),
+        (["--perplexity", tmp_path / "text.txt", "--limit", 3], "--limit goes with --tasks"),
         (["--tasks", "tiny_page", "--stride", 3], "goes with --perplexity"),
         (["--tasks", "tiny_page", "--include_path", tmp_path / "none"], "is no folder"),
         (["--perplexity", tmp_path / "empty.txt", *model], "is empty"),

@@ -367,13 +367,11 @@ def test_no_byte_of_a_file_can_change_unnoticed(tmp_path):
     assert PrefillCache(ROOM, tmp_path).lookup(CONTEXT, model).length == len(CONTEXT) - 1
 
 
-def test_a_checkpoint_that_has_changed_makes_its_files_stale(tmp_path, capsys):
+def test_models_share_a_folder_without_each_others_files(tmp_path, capsys):
     remember(PrefillCache(ROOM, tmp_path), make_model())
     changed = other_weights()
     done, rows = text_with(PrefillCache(ROOM, tmp_path), changed)
     assert done == len(CONTEXT) and rows == text_without(other_weights())
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "is of another checkpoint" in err
     assert text_with(PrefillCache(ROOM, tmp_path), changed) == (0, rows)
     assert capsys.readouterr().err == ""
 

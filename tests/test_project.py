@@ -23,7 +23,7 @@ from conftest import ROOT
 # A file imports only from lower floors.
 FLOORS = [
     {"cli", "build_cpp", "operators", "matmul_cuda", "chat_template"},
-    {"kernels", "kernels_cuda", "cudagraph", "checkpoint", "keys"},
+    {"tasks", "kernels", "kernels_cuda", "cudagraph", "checkpoint", "keys"},
     {"linear", "kinds", "tokenizer"},
     {"mixture"},
     {"model"},
