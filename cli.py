@@ -125,6 +125,14 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         raise
 
 
+def read_text(path: Path) -> str:
+    """Read a text; `UserError` if the file cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error})") from None
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object; `UserError` if the file cannot be read or is something else."""
     try:

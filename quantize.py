@@ -3,12 +3,14 @@
     python quantize.py --checkpoint_path checkpoints/…/model.pth --mode int4 --groupsize 32
 
 What is written says by its tensors what it is (see linear.py), so it loads like any other. The
-weights are read from the mapped file, quantized and written one at a time.
+weights are read from the mapped file, quantized and written one at a time. With a text to calibrate
+on, int4 minimizes what an error does to outputs instead of how large it is.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from argparse import Namespace
 from fnmatch import fnmatchcase
@@ -19,12 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import gptq
+from calibration import add_calibration_flags, read_sequences
 from checkpoint import StateFile, check_finite, find_device
-from cli import Parser, UserError, add_checkpoint_flags, number, replacing, run
+from cli import Parser, UserError, add_checkpoint_flags, number, read_text, replacing, run
 from engine import load_model
 from linear import Linear, linear_for, pack_int4
 from model import Transformer
-from tokenizer import Tokenizer
+from rounding import find_grid, quantize_int4, quantize_int8
 
 GROUP_SIZES = (32, 64, 128, 256)
 MARKERS = {"int8": "scales", "int8-activation": "scales_a8", "int4": "scales_and_zeros"}
@@ -34,66 +37,29 @@ INT8_IN_HYBRID = ("layers.*.attention.wo", "layers.*.feed_forward.w1", "output")
 # The tensors of each scheme
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round weight `[out, in]` to int8, symmetrically by row: codes and bf16 scales `[out]`."""
-    weight = weight.float()
-    scales = (weight.abs().amax(1) / 127).clamp(min=1e-10).bfloat16()
-    codes = (weight / scales.float().unsqueeze(1)).round().clamp(-127, 127)
-    return codes.to(torch.int8), scales
-
-
-def find_grid(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and zero `[n]` that round groups `[n, g]` to 4 bits with the least squared error.
-
-    Grids from 1.0 down to 0.5 times a group's range are tried: clipping the extremes often costs
-    less than a finer grid gains. Both are bf16 values, as they will be stored.
-    """
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    least = torch.full_like(low, float("inf"))
-    scale, zero = torch.zeros_like(low), torch.zeros_like(low)
-    for share in torch.linspace(1.0, 0.5, 21).tolist():
-        step = ((high - low) * share / 15).clamp(min=1e-10).bfloat16().float()
-        middle = ((high + low) / 2 + step / 2).bfloat16().float()  # the value of code 8
-        steps = (groups - middle).div_(step)
-        error = steps.round().clamp_(-8, 7).sub_(steps).mul_(step).square_().sum(1, keepdim=True)
-        better = error < least
-        least = torch.where(better, error, least)
-        scale, zero = torch.where(better, step, scale), torch.where(better, middle, zero)
-    return scale.squeeze(1), zero.squeeze(1)
-
-
-def quantize_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
-    """Round weight `[out, in]` to 4 bits by group: the two tensors of an `Int4Linear`."""
-    codes, grids = [], []
-    for part in weight.float().split(max(1, 2**18 // weight.shape[1])):  # fits the CPU's caches
-        groups = part.reshape(-1, groupsize)
-        scale, zero = find_grid(groups)
-        steps = ((groups - zero.unsqueeze(1)) / scale.unsqueeze(1)).round().clamp(-8, 7)
-        codes.append((steps + 8).to(torch.uint8).view(part.shape))
-        grids.append(torch.stack((scale, zero), -1).view(len(part), -1, 2).bfloat16())
-    return pack_int4(torch.cat(codes)), torch.cat(grids).transpose(0, 1).contiguous()
-
-
 def quantize(
     weight: Tensor,
     scheme: str,
     groupsize: int,
     hessian: Tensor | list[Tensor | None] | None = None,
-    **gptq_options,
+    gptq_options: dict | None = None,
 ) -> dict[str, Tensor]:
-    """The stored tensors of one Linear; a Hessian `[in, in]` makes int4 by GPTQ.
+    """The stored tensors of one Linear.
 
-    Experts `[experts, out, in]` are quantized one by one, each by its Hessian if it has one.
+    int4 is rounded to nearest on grids that the Hessian's diagonal weighs if there is a Hessian
+    `[in, in]`, and by GPTQ if there are options for that, too. Experts `[experts, out, in]` are
+    quantized one by one, each by its Hessian if it has one.
     """
     if weight.dim() == 3:
         pairs = zip(weight, hessian or [None] * len(weight), strict=True)
-        parts = [quantize(expert, scheme, groupsize, own, **gptq_options) for expert, own in pairs]
+        parts = [quantize(expert, scheme, groupsize, own, gptq_options) for expert, own in pairs]
         return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
     if scheme != "int4":
         codes, scales = quantize_int8(weight)
         return {"weight": codes, MARKERS[scheme]: scales}
-    if hessian is None:
-        packed, grid = quantize_int4(weight, groupsize)
+    if hessian is None or gptq_options is None:
+        weights = None if hessian is None else hessian.diagonal()
+        packed, grid = quantize_int4(weight, groupsize, weights)
     else:
         codes, grid = gptq.gptq(weight, hessian, groupsize, find_grid, **gptq_options)
         packed = pack_int4(codes)
@@ -130,13 +96,6 @@ def choose_schemes(
             )
         schemes |= dict.fromkeys(matches, "int8")
     return schemes
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error})") from None
 
 
 def check_groups(linears: dict[str, Linear], schemes: dict[str, str], groupsize: int) -> None:
@@ -199,21 +158,27 @@ def quantize_model(
     file: StateFile,
     args: Namespace,
 ) -> dict[str, list[float]]:
-    """Write all tensors to `file`; return the squared errors of the weights by scheme.
+    """Write all tensors to `file`; return the errors of the matrices by scheme.
 
-    With calibration `sequences` of token ids, int4 is made by GPTQ.
+    They are mean squared errors of the weights, and with calibration `sequences` of token ids the
+    `output_error`s of gptq.py.
     """
     errors: dict[str, list[float]] = {scheme: [] for scheme in schemes.values()}
-    options = {"percdamp": args.percdamp, "blocksize": args.blocksize, "act_order": args.act_order}
+    names = ("percdamp", "blocksize", "act_order")
+    options = {name: getattr(args, name) for name in names} if by_gptq(args) else None
     unseen: list[int] = []  # for each name, the experts that few tokens reached
 
     def store(name: str, weight: Tensor, hessian: Tensor | list | None = None) -> Tensor:
         if isinstance(hessian, list):
             unseen.append(sum(expert is None for expert in hessian))
         check_finite(args.checkpoint_path, f"{name}.weight", weight)
-        tensors = quantize(weight, schemes[name], args.groupsize, hessian, **options)
+        tensors = quantize(weight, schemes[name], args.groupsize, hessian, options)
         result = dequantize(model.get_submodule(name), tensors)
-        errors[schemes[name]].append((result - weight.float()).square().mean().item())
+        if hessian is None:
+            error = (result - weight.float()).square().mean().item()
+        else:
+            error = gptq.output_error(weight, result, hessian)
+        errors[schemes[name]] += [] if math.isnan(error) else [error]
         write_linear(file, name, tensors)
         return result
 
@@ -228,8 +193,8 @@ def quantize_model(
             store(name, model.get_submodule(name).weight.to(args.device))
     if sum(unseen):
         print(
-            f"[{sum(unseen)} matrices of experts were rounded to nearest: fewer calibration tokens "
-            "reached them than they have columns; see --calibration_limit]",
+            f"[{sum(unseen)} matrices of experts were rounded without data: fewer calibration "
+            "tokens reached them than they have columns; see --calibration_limit]",
             file=sys.stderr,
         )
     return errors
@@ -241,8 +206,9 @@ def summary(
     layout: dict[str, Tensor],
     model: Transformer,
     errors: dict[str, list[float]],
+    of: str,
 ) -> str:
-    """What became smaller, and what that did to the weights."""
+    """What became smaller, and what that did, in mean squared errors `of` weights or outputs."""
     sizes = [path.stat().st_size / 1e6 for path in (source, output)]
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     weights = sum(linear.weight.numel() for linear in linears.values())
@@ -250,8 +216,8 @@ def summary(
     bits = 8 * sum(layout[key].nbytes for key in stored) / weights
     lines = [f"{output}: {sizes[1]:.1f} MB of {sizes[0]:.1f}, {bits:.2f} bits a weight"]
     for scheme, values in errors.items():
-        mean = sum(values) / len(values)
-        lines.append(f"{scheme}: {len(values)} matrices, mean squared error {mean:.3e}")
+        mean = sum(values) / len(values) if values else math.nan
+        lines.append(f"{scheme}: {len(values)} matrices, mean squared error of {of} {mean:.3e}")
     return "\n".join(lines)
 
 
@@ -276,54 +242,51 @@ def make_parser() -> Parser:
         "--label", default="_", help="what stands between `model` and the scheme in the file's name"
     )
     add("--gptq", action="store_true", help="make the int4 part of a hybrid by GPTQ")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--calibration_file", type=Path, help="a text for GPTQ")
-    source.add_argument(
-        "--calibration_tasks", nargs="+", metavar="TASK", help="lm-eval's, for GPTQ"
-    )
-    add("--include_path", type=Path, help="a folder with further lm-eval tasks")
-    add("--calibration_limit", type=number(int, 1), default=128, help="sequences for GPTQ")
-    add("--calibration_seq_length", type=number(int, 2), default=512, help="tokens of each")
-    add("--pad_calibration_inputs", action="store_true", help="take shorter texts, too")
+    add_calibration_flags(parser)
     add("--percdamp", type=number(float, 0), default=0.01, help="damping of GPTQ's Hessians")
     add("--blocksize", type=number(int, 1), default=128, help="columns GPTQ updates at once")
     add("--act_order", action="store_true", help="GPTQ rounds columns of large inputs first")
     return parser
 
 
-def main(args: Namespace) -> None:
+def by_gptq(args: Namespace) -> bool:
+    return args.gptq or args.mode == "int4-gptq"
+
+
+def check_flags(args: Namespace) -> None:
+    """Raise a UserError if a flag is missing, or has nothing to go with."""
     if args.checkpoint_path is None:
         raise UserError("pass --checkpoint_path with the model.pth to quantize")
-    by_gptq = args.gptq or args.mode == "int4-gptq"
-    if by_gptq and not (args.calibration_file or args.calibration_tasks):
+    calibrated = args.calibration_file or args.calibration_tasks
+    if by_gptq(args) and not calibrated:
         raise UserError("GPTQ needs inputs: pass --calibration_file or --calibration_tasks")
     if args.gptq and args.mode not in ("hybrid", "int4-gptq"):
         raise UserError("--gptq goes with --mode hybrid; int4 by GPTQ is --mode int4-gptq")
     if args.critical_layers and args.mode != "hybrid":
         raise UserError("--critical_layers goes with --mode hybrid")
+    if calibrated and args.mode.startswith("int8"):
+        raise UserError(f"--mode {args.mode} takes no text to calibrate on; leave that out")
+
+
+def main(args: Namespace) -> None:
+    check_flags(args)
     args.device = find_device(args.device)
     path = args.checkpoint_path
-    model = load_model(path, args.device if by_gptq else "cpu")
+    calibrated = bool(args.calibration_file or args.calibration_tasks)
+    model = load_model(path, args.device if calibrated else "cpu")
     linears = {n: module for n, module in model.named_modules() if isinstance(module, Linear)}
     if any(type(linear) is not Linear for linear in linears.values()):
         raise UserError(f"{path} is quantized already; pass the model.pth it was made of")
     schemes = choose_schemes([*linears], args.mode, args.critical_layers)
     check_groups(linears, schemes, args.groupsize)
-    sequences = None
-    if by_gptq:
-        encode = Tokenizer.from_folder(path.parent).encode
-        shape = (args.calibration_seq_length, args.calibration_limit, args.pad_calibration_inputs)
-        if args.calibration_file:
-            texts = [read_text(args.calibration_file)]
-        else:
-            texts = gptq.task_texts(args.calibration_tasks, args.include_path)
-        sequences = gptq.calibration_sequences(texts, encode, *shape)
+    sequences = read_sequences(args, path.parent)
     stem = f"{path.stem}{args.label}"
     output = path.with_name(file_name(args.mode, args.groupsize, bool(args.critical_layers), stem))
     layout = stored_layout(model, schemes, args.groupsize)
     with replacing(output) as temporary, StateFile(temporary, layout) as file:
         errors = quantize_model(model, schemes, sequences, file, args)
-    print(summary(path, output, layout, model, errors))
+    of = "outputs, relative," if calibrated else "weights"
+    print(summary(path, output, layout, model, errors, of))
 
 
 if __name__ == "__main__":

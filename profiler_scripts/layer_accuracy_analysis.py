@@ -38,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, output_file, read_json, replacing, run
+from cli import Parser, UserError, number, output_file, read_json, read_text, replacing, run
 from engine import load
 from eval import Evaluator, lm_eval
 from linear import Linear, linear_for
@@ -51,7 +51,7 @@ from profiler_scripts.profiler_analysis import (
     table,
     write_report,
 )
-from quantize import GROUP_SIZES, INT8_IN_HYBRID, check_groups, quantize, read_text
+from quantize import GROUP_SIZES, INT8_IN_HYBRID, check_groups, quantize
 from tokenizer import Tokenizer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
