@@ -31,10 +31,17 @@ from rounding import find_grid, quantize_int4, quantize_int8
 
 GROUP_SIZES = (32, 64, 128, 256)
 MARKERS = {"int8": "scales", "int8-activation": "scales_a8", "int4": "scales_and_zeros"}
+LEVELS = ("int8", *(f"int4.g{size}" for size in GROUP_SIZES))  # of a critical layer
 INT8_IN_HYBRID = ("layers.*.attention.wo", "layers.*.feed_forward.w1", "output")
 
 # ------------------------------------------------------------------------------------------------
 # The tensors of each scheme
+
+
+def split_scheme(scheme: str, groupsize: int) -> tuple[str, int]:
+    """A scheme and its group size, which `int4.g32` names and `int4` leaves to `groupsize`."""
+    kind, _, own = scheme.partition(".g")
+    return kind, int(own or groupsize)
 
 
 def quantize(
@@ -54,6 +61,7 @@ def quantize(
         pairs = zip(weight, hessian or [None] * len(weight), strict=True)
         parts = [quantize(expert, scheme, groupsize, own, gptq_options) for expert, own in pairs]
         return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+    scheme, groupsize = split_scheme(scheme, groupsize)
     if scheme != "int4":
         codes, scales = quantize_int8(weight)
         return {"weight": codes, MARKERS[scheme]: scales}
@@ -80,27 +88,39 @@ def dequantize(linear: Linear, tensors: dict[str, Tensor]) -> Tensor:
 def choose_schemes(
     names: list[str], mode: str, critical_layers: list[str] | None = None
 ) -> dict[str, str]:
-    """The scheme of every Linear, by its name; `UserError` on a layer that the model lacks."""
+    """The scheme of every Linear, by its name; `UserError` on a layer that the model lacks.
+
+    Critical layers are int8, or what follows a `=` such as in `output=int4.g32`.
+    """
     if mode != "hybrid":
         return dict.fromkeys(names, "int4" if mode == "int4-gptq" else mode)
     critical = []
     for entry in critical_layers or INT8_IN_HYBRID:
         critical += read_text(Path(entry[1:])).split() if entry.startswith("@") else [entry]
     schemes = dict.fromkeys(names, "int4")
-    for pattern in (pattern.removesuffix(".weight") for pattern in critical):
+    for entry in critical:
+        pattern, _, scheme = entry.partition("=")
+        pattern, scheme = pattern.removesuffix(".weight"), scheme or "int8"
+        if scheme not in LEVELS:
+            raise UserError(f"--critical_layers: {entry!r} should end in {' or '.join(LEVELS)}")
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
             raise UserError(
                 f"--critical_layers: there is no layer {pattern!r}; near ones: {', '.join(near)}"
             )
-        schemes |= dict.fromkeys(matches, "int8")
+        schemes |= dict.fromkeys(matches, scheme)
     return schemes
 
 
 def check_groups(linears: dict[str, Linear], schemes: dict[str, str], groupsize: int) -> None:
     """Raise a `UserError` unless `groupsize` divides the width of every int4 Linear."""
     widths = {name: linears[name].in_features for name in schemes if schemes[name] == "int4"}
+    for name, scheme in schemes.items():
+        kind, size = split_scheme(scheme, groupsize)
+        if kind == "int4" != scheme and linears[name].in_features % size:
+            width = linears[name].in_features
+            raise UserError(f"{name}={scheme}: {size} does not divide its {width} columns")
     for name, width in widths.items():
         if width % groupsize:
             fitting = [size for size in GROUP_SIZES if not any(w % size for w in widths.values())]
@@ -129,9 +149,10 @@ def stored_layout(model: Transformer, schemes: dict[str, str], groupsize: int) -
     layout = model.state_dict()
     for name, scheme in schemes.items():
         linear = model.get_submodule(name)
+        scheme, size = split_scheme(scheme, groupsize)
         with torch.device("meta"):
             plain = Linear(linear.in_features, linear.out_features, experts=linear.experts)
-            groups = torch.empty(linear.in_features // groupsize, 0)
+            groups = torch.empty(linear.in_features // size, 0)
         tensors = linear_for(plain, {MARKERS[scheme]: groups}).state_dict()
         layout |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
     return layout
@@ -200,25 +221,43 @@ def quantize_model(
     return errors
 
 
-def summary(
-    source: Path,
-    output: Path,
-    layout: dict[str, Tensor],
-    model: Transformer,
-    errors: dict[str, list[float]],
-    of: str,
-) -> str:
-    """What became smaller, and what that did, in mean squared errors `of` weights or outputs."""
-    sizes = [path.stat().st_size / 1e6 for path in (source, output)]
+def bits_a_weight(model: Transformer, layout: dict[str, Tensor]) -> float:
+    """Of all Linears together, as stored in this layout."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     weights = sum(linear.weight.numel() for linear in linears.values())
     stored = [key for key in layout if key.rpartition(".")[0] in linears and "bias" not in key]
-    bits = 8 * sum(layout[key].nbytes for key in stored) / weights
-    lines = [f"{output}: {sizes[1]:.1f} MB of {sizes[0]:.1f}, {bits:.2f} bits a weight"]
+    return 8 * sum(layout[key].nbytes for key in stored) / weights
+
+
+def prepare(args: Namespace, device: torch.device | str) -> tuple[Transformer, dict[str, str]]:
+    """The bf16 model and the schemes of its Linears; `UserError` if they do not go together."""
+    path = args.checkpoint_path
+    model = load_model(path, device)
+    linears = {n: module for n, module in model.named_modules() if isinstance(module, Linear)}
+    if any(type(linear) is not Linear for linear in linears.values()):
+        raise UserError(f"{path} is quantized already; pass the model.pth it was made of")
+    schemes = choose_schemes([*linears], args.mode, args.critical_layers)
+    check_groups(linears, schemes, args.groupsize)
+    return model, schemes
+
+
+def write(
+    args: Namespace, model: Transformer, schemes: dict[str, str], sequences: list[Tensor] | None
+) -> tuple[Path, float]:
+    """Write the checkpoint and print what it is; returns its path and bits a weight."""
+    path, custom = args.checkpoint_path, bool(args.critical_layers)
+    name = file_name(args.mode, args.groupsize, custom, f"{path.stem}{args.label}")
+    output, layout = path.with_name(name), stored_layout(model, schemes, args.groupsize)
+    with replacing(output) as temporary, StateFile(temporary, layout) as file:
+        errors = quantize_model(model, schemes, sequences, file, args)
+    bits = bits_a_weight(model, layout)
+    sizes = [file.stat().st_size / 1e6 for file in (path, output)]
+    print(f"{output}: {sizes[1]:.1f} MB of {sizes[0]:.1f}, {bits:.2f} bits a weight")
+    of = "outputs, relative," if sequences else "weights"
     for scheme, values in errors.items():
         mean = sum(values) / len(values) if values else math.nan
-        lines.append(f"{scheme}: {len(values)} matrices, mean squared error of {of} {mean:.3e}")
-    return "\n".join(lines)
+        print(f"{scheme}: {len(values)} matrices, mean squared error of {of} {mean:.3e}")
+    return output, bits
 
 
 # ------------------------------------------------------------------------------------------------
@@ -236,7 +275,7 @@ def make_parser() -> Parser:
         "--critical_layers",
         nargs="+",
         metavar="LAYER",
-        help="int8 in a hybrid: names, globs, @FILE",
+        help="int8 in a hybrid: names, globs, @FILE; NAME=int4.g32 is int4 in groups of 32",
     )
     add(
         "--label", default="_", help="what stands between `model` and the scheme in the file's name"
@@ -271,22 +310,9 @@ def check_flags(args: Namespace) -> None:
 def main(args: Namespace) -> None:
     check_flags(args)
     args.device = find_device(args.device)
-    path = args.checkpoint_path
-    calibrated = bool(args.calibration_file or args.calibration_tasks)
-    model = load_model(path, args.device if calibrated else "cpu")
-    linears = {n: module for n, module in model.named_modules() if isinstance(module, Linear)}
-    if any(type(linear) is not Linear for linear in linears.values()):
-        raise UserError(f"{path} is quantized already; pass the model.pth it was made of")
-    schemes = choose_schemes([*linears], args.mode, args.critical_layers)
-    check_groups(linears, schemes, args.groupsize)
-    sequences = read_sequences(args, path.parent)
-    stem = f"{path.stem}{args.label}"
-    output = path.with_name(file_name(args.mode, args.groupsize, bool(args.critical_layers), stem))
-    layout = stored_layout(model, schemes, args.groupsize)
-    with replacing(output) as temporary, StateFile(temporary, layout) as file:
-        errors = quantize_model(model, schemes, sequences, file, args)
-    of = "outputs, relative," if calibrated else "weights"
-    print(summary(path, output, layout, model, errors, of))
+    calibrated = args.calibration_file or args.calibration_tasks
+    model, schemes = prepare(args, args.device if calibrated else "cpu")
+    write(args, model, schemes, read_sequences(args, args.checkpoint_path.parent))
 
 
 if __name__ == "__main__":

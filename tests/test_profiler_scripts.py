@@ -21,6 +21,7 @@ from engine import load_model
 from linear import Int4Linear, Int8Linear, Linear
 from profiler_scripts import layer_accuracy_analysis as accuracy
 from profiler_scripts import layer_identification as identification
+from profiler_scripts import losses as losses_module
 from profiler_scripts import profiler_analysis as profiling
 from ranges import scheme_of, title, traced
 from tokenizer import Tokenizer
@@ -342,9 +343,11 @@ def test_the_divergence_is_the_textbooks(monkeypatch):
     expected = torch.nn.functional.kl_div(
         logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    assert accuracy.divergence(logits, *accuracy.likeliest(reference)) == pytest.approx(expected)
-    monkeypatch.setattr(accuracy, "TOP", 100)  # the tail as one event: less, but not much
-    lumped = accuracy.divergence(logits, *accuracy.likeliest(reference))
+    assert losses_module.divergence(logits, *losses_module.likeliest(reference)) == pytest.approx(
+        expected
+    )
+    monkeypatch.setattr(losses_module, "TOP", 100)  # the tail as one event: less, but not much
+    lumped = losses_module.divergence(logits, *losses_module.likeliest(reference))
     assert 0.9 * expected < lumped < expected
 
 
@@ -365,7 +368,7 @@ def test_perplexity_is_that_of_eval(folder, variants):
     losses = text_losses(folder, variants.model, "perplexity")
     (batch,) = losses.batches["ranking"]
     tokenizer = Tokenizer.from_folder(folder)
-    scorer = accuracy.Evaluator(variants.model, tokenizer, 1, 48)
+    scorer = losses_module.Evaluator(variants.model, tokenizer, 1, 48)
     pairs = [(row[:1].tolist(), row[1:].tolist()) for row in batch]
     scores = [-log_prob / 48 for log_prob, _ in scorer.score(pairs)]
     variants.model.setup_caches(len(batch), 48)
@@ -458,7 +461,7 @@ def test_an_interrupted_analysis_goes_on_where_it_stopped(run, folder, tmp_path,
     assert code == 2 and "groupsize" in err and err.count("\n") == 1  # another's work is not lost
     stop = -1
     code, _, err = run(accuracy, *flags_of(folder, reports[1]))
-    assert code == 0 and "after 4 of 11 layers" in err
+    assert code == 0 and "after 4 of 11 trials" in err
     assert measured == all_measured and not state.exists()
     assert reports[1].read_text() == reports[0].read_text()
 
@@ -481,7 +484,7 @@ def test_a_task_of_lm_eval_ranks(run, folder, tmp_path, monkeypatch, few_tasks):
     assert len([row for row in rows if row["row"] == "layer"]) == len(NAMES)
     accuracies = {-float(row["ranking_loss"]) for row in rows if row["row"] == "model"}
     assert accuracies <= {0.0, 0.25, 0.5, 0.75, 1.0}  # of four documents
-    scorer = accuracy.Evaluator(*engine.load(folder / "model.pth", CPU, "bfloat16"), 8, 128)
+    scorer = losses_module.Evaluator(*engine.load(folder / "model.pth", CPU, "bfloat16"), 8, 128)
     manager = lm_eval.tasks.TaskManager(include_path=tmp_path)
     expected = lm_eval.simple_evaluate(scorer, tasks=["tiny_choice"], task_manager=manager, limit=4)
     (own,) = (float(row["ranking_loss"]) for row in rows if row["name"] == "bf16")
