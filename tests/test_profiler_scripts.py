@@ -343,9 +343,8 @@ def test_the_divergence_is_the_textbooks(monkeypatch):
     expected = torch.nn.functional.kl_div(
         logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    assert losses_module.divergence(logits, *losses_module.likeliest(reference)) == pytest.approx(
-        expected
-    )
+    whole = losses_module.divergence(logits, *losses_module.likeliest(reference))
+    assert whole == pytest.approx(expected)
     monkeypatch.setattr(losses_module, "TOP", 100)  # the tail as one event: less, but not much
     lumped = losses_module.divergence(logits, *losses_module.likeliest(reference))
     assert 0.9 * expected < lumped < expected
@@ -410,6 +409,55 @@ def test_the_list_makes_the_checkpoint_that_was_measured(run, folder, analysis):
     losses.model = made
     measured = float(rows["chosen"]["held_back_loss"])
     assert losses("held back").mean().item() == pytest.approx(measured, rel=1e-3)
+
+
+def test_three_levels_are_chosen_and_written_at_once(run, folder, tmp_path):
+    report, listed = tmp_path / "three.csv", tmp_path / "three.txt"
+    flags = ["--groupsize", 64, "--budget", 5.2, "--layers_file", listed, "--quantize"]
+    code, out, err = run(accuracy, *flags_of(folder, report, *flags))
+    assert code == 0, err
+    rows = rows_of(report)
+    schemes = {row["name"]: row["scheme"] for row in rows if row["row"] == "layer"}
+    assert set(schemes.values()) == {"int4", "int4.g32", "int8"} and len(schemes) == len(NAMES)
+    models = {row["name"]: row for row in rows if row["row"] == "model"}
+    path = folder / "model_custom_hybrid_int8_int4.g64.pth"
+    written, chosen = models[f"written, {path.name}"], models["chosen"]
+    assert written["bits"] == chosen["bits"] and float(chosen["bits"]) <= 5.2
+    loss = {name: float(row["held_back_loss"]) for name, row in models.items()}
+    assert loss["chosen"] < loss["chosen, int8 alone"] < loss["all int4"]
+    assert loss[f"written, {path.name}"] < loss["all int4"]
+    made = load_model(path, "cpu")
+    path.unlink()
+    groups = {"int4": 64, "int4.g32": 32}
+    for name, scheme in schemes.items():
+        assert getattr(made.get_submodule(name), "groupsize", None) == groups.get(scheme)
+    lines = listed.read_text().split()
+    assert {line.partition("=")[::2] for line in lines} == {
+        (name, "" if scheme == "int8" else scheme)
+        for name, scheme in schemes.items()
+        if scheme != "int4"
+    }
+
+
+@pytest.mark.parametrize(
+    "room, chosen",
+    [
+        (0, {}),
+        (10, {"a": "int4.g32"}),
+        (19, {"a": "int4.g32"}),  # b fits no more
+        (30, {"a": "int4.g32", "b": "int8"}),
+        (110, {"a": "int8"}),  # raised a second time, for 2 a byte more
+        (130, {"a": "int8", "b": "int8"}),
+    ],
+)
+def test_what_saves_most_a_byte_is_taken_first(room, chosen):
+    moves = [
+        accuracy.Move("a", "int4.g32", 10, 50.0),
+        accuracy.Move("a", "int8", 110, 250.0),
+        accuracy.Move("b", "int4.g32", 10, -1.0),
+        accuracy.Move("b", "int8", 20, 30.0),
+    ]
+    assert accuracy.choose(moves, room) == chosen
 
 
 def test_the_budget_is_kept_to_the_byte(run, folder, analysis, tmp_path):
@@ -582,6 +630,11 @@ def test_the_scripts_run_from_any_folder(tmp_path):
             accuracy,
             ["--model_path", "{model}", "--report_file", "r.md", "--metric", "no_such_task"],
             "no_such_task",
+        ),
+        (
+            accuracy,
+            ["--model_path", "{model}", "--report_file", "r.md", "--quantize", "--metric", "x"],
+            "--text",
         ),
         (
             accuracy,

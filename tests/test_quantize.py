@@ -197,6 +197,19 @@ def test_the_same_input_gives_the_same_bytes(run, path, mode):
     assert files[0] == files[1]
 
 
+def test_a_critical_layer_may_have_smaller_groups(run, path):
+    layers = ["output", "layers.*.feed_forward.w?=int4.g32", "layers.1.feed_forward.w3"]
+    code, out, err = run("--mode", "hybrid", "--groupsize", "64", "--critical_layers", *layers)
+    assert code == 0, err
+    model = load_model(path.with_name("model_custom_hybrid_int8_int4.g64.pth"), "cpu")
+    groups = {name: getattr(model.get_submodule(name), "groupsize", 0) for name in NAMES}
+    assert groups == {
+        name: 0 if name in (layers[0], layers[2]) else 32 if "feed_forward" in name else 64
+        for name in NAMES
+    }
+    assert "int4.g32: 5 matrices" in out and "int4: 4 matrices" in out
+
+
 def test_critical_layers_from_a_file(run, path, tmp_path):
     (tmp_path / "layers.txt").write_text("layers.0.feed_forward.w3.weight\noutput\n")
     code, _, err = run("--mode", "hybrid", "--critical_layers", f"@{tmp_path / 'layers.txt'}")
@@ -218,6 +231,8 @@ def test_critical_layers_from_a_file(run, path, tmp_path):
             "near ones: layers.0.attention.wo",
         ),
         (["--mode", "hybrid", "--critical_layers", "@nowhere.txt"], "nowhere.txt"),
+        (["--mode", "hybrid", "--critical_layers", "output=int5"], "int8 or int4.g32"),
+        (["--mode", "hybrid", "--critical_layers", "output=int4.g128"], "its 64 columns"),
         (["--mode", "int4", "--critical_layers", "output"], "--mode hybrid"),
         (["--mode", "int4", "--gptq", "--calibration_file", "x"], "--mode int4-gptq"),
         (["--mode", "int4-gptq"], "--calibration_file or --calibration_tasks"),
