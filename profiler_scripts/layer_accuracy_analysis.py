@@ -468,8 +468,11 @@ def write_checkpoint(
     losses: TextLosses,
 ) -> dict:
     """Quantize as chosen, calibrated on the ranking part; the row of the checkpoint so made."""
-    flags = ["--checkpoint_path", str(args.model_path), "--mode", "hybrid"]
-    flags += ["--groupsize", str(args.groupsize), "--critical_layers", *entries(chosen)]
+    flags = ["--checkpoint_path", str(args.model_path), "--groupsize", str(args.groupsize)]
+    if chosen:
+        flags += ["--mode", "hybrid", "--critical_layers", *entries(chosen)]
+    else:
+        flags += ["--mode", "int4"]
     options = quantize.make_parser().parse_args(flags)
     options.device = device
     model, schemes = quantize.prepare(options, device)

@@ -439,6 +439,16 @@ def test_three_levels_are_chosen_and_written_at_once(run, folder, tmp_path):
     }
 
 
+def test_where_nothing_fits_the_checkpoint_is_int4(run, folder, tmp_path):
+    flags = ["--budget", 5.0, "--quantize", "--random_choices", 2]
+    assert run(accuracy, *flags_of(folder, tmp_path / "none.csv", *flags))[0] == 0
+    path = folder / "model_int4.g32.pth"
+    assert {type(m) for m in load_model(path, "cpu").modules() if isinstance(m, Linear)} == {
+        Int4Linear
+    }
+    path.unlink()
+
+
 @pytest.mark.parametrize(
     "room, chosen",
     [
