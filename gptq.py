@@ -1,9 +1,9 @@
-"""GPTQ: 4-bit weights whose rounding errors are made good by the columns still to be rounded.
+"""GPTQ: 4-bit weights whose rounding errors are compensated in the columns not yet rounded.
 
 Frantar et al. 2023 (arXiv 2210.17323). What counts is not how far a weight moves but how far the
 layer's outputs do, on real inputs: ||(W - Q) X||². The Hessian of that, 2 X X^T, says how the
-columns to come should change after one was rounded. `calibration_sequences` cuts texts into inputs,
-`quantize_blocks` runs them through a model and collects the Hessians, `gptq` rounds one weight.
+columns to come should change after one was rounded. `quantize_blocks` runs sequences of tokens
+through a model and collects the Hessians, `gptq` rounds one weight.
 
 Format: value = (code - 8) * scale + zero, codes 0 to 15, one scale and zero for each group of
 neighbouring input columns of an output row.
@@ -11,16 +11,15 @@ neighbouring input columns of an output row.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import tasks
 from cli import UserError
 from linear import Linear
 from model import Transformer, TransformerBlock
@@ -52,27 +51,29 @@ def gptq(
     weight: Tensor,
     hessian: Tensor,
     groupsize: int,
-    find_grid: Callable[[Tensor], tuple[Tensor, Tensor]],
+    find_grid: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     percdamp: float = 0.01,
     blocksize: int = 128,
     act_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Round weight `[out, in]` to 4 bits so that outputs on inputs of this hessian hardly change.
 
-    `find_grid` maps weights `[out, groupsize]` in float32 to their scales (above 0) and zeros,
-    `[out]` each, with values that bf16 holds. `groupsize` divides `in`. A group's grid is chosen
-    when its first column is reached; `act_order` rounds the columns with the largest inputs first
-    instead, on grids of the original weights. `blocksize` is a matter of speed: errors reach
-    columns beyond the block in one matmul at its end. Returns codes uint8 `[out, in]` and
-    scales_and_zeros bf16 `[in / groupsize, out, 2]`.
+    `find_grid` maps weights `[out, groupsize]` in float32 and what an error in each column costs,
+    the Hessian's diagonal `[groupsize]`, to scales (above 0) and zeros, `[out]` each, with values
+    that bf16 holds. `groupsize` divides `in`. A group's grid is chosen when its first column is
+    reached; `act_order` rounds the columns with the largest inputs first instead, on grids of the
+    original weights. `blocksize` is a matter of speed: errors reach columns beyond the block in one
+    matmul at its end. Returns codes uint8 `[out, in]` and scales_and_zeros bf16
+    `[in / groupsize, out, 2]`.
     """
     columns = torch.empty(weight.shape[::-1], device=weight.device).copy_(weight.t())  # [in, out]
     codes = torch.empty_like(columns, dtype=torch.uint8)
     grids = columns.new_empty(len(columns) // groupsize, columns.shape[1], 2)
     order = torch.arange(len(columns), device=columns.device)
+    costs = hessian.diagonal().split(groupsize)
     if act_order:
         for group, members in enumerate(columns.split(groupsize)):
-            grids[group] = torch.stack(find_grid(members.t()), -1)
+            grids[group] = torch.stack(find_grid(members.t(), costs[group]), -1)
         order = hessian.diagonal().argsort(descending=True, stable=True)
         columns, hessian = columns[order], hessian[order][:, order]
     root = inverse_root(hessian.float(), percdamp)
@@ -84,7 +85,8 @@ def gptq(
         for j, place in enumerate(order[start:end].tolist(), start):
             group = place // groupsize
             if not act_order and j % groupsize == 0:
-                grids[group] = torch.stack(find_grid(columns[j : j + groupsize].t()), -1)
+                members = columns[j : j + groupsize].t()
+                grids[group] = torch.stack(find_grid(members, costs[group]), -1)
             scale, zero = grids[group].unbind(-1)  # [out] each
             steps = ((columns[j] - zero) / scale).round().clamp(-8, 7)
             codes[place] = (steps + 8).to(torch.uint8)
@@ -95,48 +97,25 @@ def gptq(
     return codes.t().contiguous(), grids.bfloat16()
 
 
+def output_error(weight: Tensor, result: Tensor, hessian: Tensor | list[Tensor | None]) -> float:
+    """||(W - Q) X||² / ||W X||², which GPTQ minimizes; NaN if no input is known.
+
+    Of experts `[experts, out, in]` it is that of all outputs of those that have a Hessian.
+    """
+    if isinstance(hessian, Tensor):
+        weight, result, hessian = weight[None], result[None], [hessian]
+    moved = total = 0.0
+    for old, new, own in zip(weight, result, hessian, strict=True):
+        if own is not None:
+            old = old.float()
+            change = new.float() - old
+            moved += ((change @ own) * change).sum().item()
+            total += ((old @ own) * old).sum().item()
+    return moved / total if total else math.nan
+
+
 # ------------------------------------------------------------------------------------------------
 # A whole model
-
-
-def task_texts(names: list[str], include_path: Path | None) -> list[str]:
-    """What a model reads in these lm-eval tasks; `UserError` on an unknown one."""
-    manager, names = tasks.find(names, include_path)
-    texts = []
-    with tasks.explaining(names):
-        for task in manager.load(names)["tasks"].values():
-            task.build_all_requests(rank=0, world_size=1)
-            for request in task.instances:
-                texts.append("".join(part for part in request.args if isinstance(part, str)))
-    return texts
-
-
-def calibration_sequences(
-    texts: Iterable[str],
-    encode: Callable[[str], list[int]],
-    length: int,
-    limit: int,
-    keep_short: bool = False,
-) -> list[Tensor]:
-    """The first `limit` pieces of `length` tokens of the texts, each text cut on its own.
-
-    What is left over at a text's end is a piece only with `keep_short`. `UserError` if there is no
-    piece at all.
-    """
-
-    def pieces() -> Iterator[Tensor]:
-        for text in texts:
-            for piece in torch.tensor(encode(text), dtype=torch.long).split(length):
-                if len(piece) == length or (keep_short and len(piece)):
-                    yield piece
-
-    found = list(itertools.islice(pieces(), limit))
-    if not found:
-        raise UserError(
-            f"no calibration text has {length} tokens; take longer texts, lower "
-            "--calibration_seq_length or add --pad_calibration_inputs"
-        )
-    return found
 
 
 class AllAtOnce(nn.Module):
@@ -163,6 +142,15 @@ def count_tokens(tokens: Tensor, linear: Linear, args: tuple[Tensor]) -> None:
     tokens[linear.expert] += len(args[0])
 
 
+class Reached(Exception):
+    """Ends the run of a block early."""
+
+
+def stop(linear: Linear, args: tuple[Tensor]) -> None:
+    """A forward pre-hook: end the run here."""
+    raise Reached
+
+
 def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: int) -> dict:
     """By name, the Hessian `[in, in]` of each Linear's inputs while `run` maps all states.
 
@@ -183,8 +171,11 @@ def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: 
             tokens[name] = torch.zeros(linear.experts, dtype=torch.int64)
             hook = functools.partial(count_tokens, tokens[name])
             hooks.append(linear.register_forward_pre_hook(hook))
+    if len(hooks) == 1:  # nothing after it is needed
+        hooks.append(linears[next(iter(linears))].register_forward_pre_hook(stop))
     for x in states:
-        run(x)
+        with contextlib.suppress(Reached):
+            run(x)
     for hook in hooks:
         hook.remove()
     for name, reached in tokens.items():
@@ -192,6 +183,19 @@ def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: 
         own = [h if yes else None for h, yes in zip(hessians[name], enough, strict=True)]
         hessians |= {name: own} | ({name[:-1] + "3": own} if name.endswith("w1") else {})
     return hessians
+
+
+def stages(layer: TransformerBlock) -> list[dict[str, Linear]]:
+    """The Linears of a block by name, in the order in which inputs reach them.
+
+    w1 and w3 have one input. A shared expert is of the stages of the experts beside it.
+    """
+    found: dict[str, dict[str, Linear]] = {}
+    for name, module in layer.named_modules():
+        if isinstance(module, Linear):
+            stage = name.rpartition(".")[2].replace("w3", "w1")
+            found.setdefault(stage, {})[name] = module
+    return [*found.values()]
 
 
 @torch.no_grad()
@@ -202,11 +206,12 @@ def quantize_blocks(
 ) -> None:
     """Call `quantize(name, weight, hessian)` once for every Linear, block by block.
 
-    It returns the weight as it will be after quantization: the later blocks' inputs are computed
-    with it, so that their Hessians know of the errors before them. The weights of the model itself
-    stay as they are. `sequences` are token ids `[T]` of any lengths
-    up to the model's context. In memory are one block, its Hessians and the hidden states. Call
-    `setup_caches` before using the model for anything else.
+    It returns the weight as it will be after quantization: later inputs are computed with it, also
+    within a block, so that each Hessian knows of all errors before it. For that a block is run up
+    to each of its stages, and once as a whole. The weights of the model itself stay as they are.
+    `sequences` are token ids `[T]` of any lengths up to the model's context. In memory are one
+    block, the Hessians of a stage and the hidden states. Call `setup_caches` before using the model
+    for anything else.
     """
     device = model.device
     names = {module: name for name, module in model.named_modules()}
@@ -222,12 +227,13 @@ def quantize_blocks(
             mask = layer.attention.mask(input_pos, x.shape[1], x.dtype)
             return functional_call(layer, weights, (x, input_pos, mask, True))
 
-        linears = {name: m for name, m in layer.named_modules() if isinstance(m, Linear)}
-        hessians = collect_hessians(linears, functools.partial(run, weights={}), states, count)
-        weights = {}
-        for name, linear in linears.items():
-            weight = quantize(f"{names[layer]}.{name}", linear.weight, hessians[name])
-            weights[name + ".weight"] = weight.to(linear.weight)
+        weights: dict[str, Tensor] = {}
+        for linears in stages(layer):
+            go = functools.partial(run, weights=weights)
+            hessians = collect_hessians(linears, go, states, count)
+            for name, linear in linears.items():
+                weight = quantize(f"{names[layer]}.{name}", linear.weight, hessians[name])
+                weights[name + ".weight"] = weight.to(linear.weight)
         for i, state in enumerate(states):
             states[i] = run(state, weights)
     hessian = torch.zeros(model.args.dim, model.args.dim, device=device)

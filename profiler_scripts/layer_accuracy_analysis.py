@@ -1,17 +1,19 @@
-"""Measures what each Linear costs in accuracy when it is int4, and chooses those to keep in int8.
+"""Measures what each Linear costs in accuracy when it is int4, and chooses those to store better.
 
     python profiler_scripts/layer_accuracy_analysis.py --model_path model.pth --report_file r.md
 
-Everything starts in int4. One Linear at a time is raised to int8, and the loss that this saves is
-divided by the bytes it costs. The Linears that save most a byte are taken as long as they fit the
-budget, and the model so made is measured once more on text that had no part in the choice.
+Everything starts in int4, in groups of --groupsize. One Linear at a time is raised to int8, and to
+int4 in groups of 32 if those are smaller, and the loss that this saves is divided by the bytes it
+costs. What saves most a byte is taken as long as it fits the budget, and the model so made is
+measured once more on text that had no part in the choice.
 
 The loss is by default the KL divergence of the bf16 model's next-token distributions from those of
 the rounded one. A Linear of block i changes nothing before block i, so what enters each block of
 the int4 model is kept and only the blocks from i on are run. The time goes into these runs, half
-a model on average for each Linear, plus the output matrix; for SmolLM2-135M's 151 Linears with the
-default limit some minutes on two cores. An lm-eval task runs in full for each of them: hours.
+a model on average for each trial, plus the output matrix; for SmolLM2-135M's 151 Linears with the
+default limit some minutes on two cores. An lm-eval task runs in full for each trial: hours.
 
+--quantize writes the checkpoint as well, its int4 calibrated on the text that ranks. Without it,
 `quantize.py --mode hybrid --critical_layers @FILE` takes the list written by --layers_file.
 """
 
@@ -27,9 +29,9 @@ import math
 import random
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tasks
+import quantize
 from checkpoint import find_device
 from cli import (
     Parser,
@@ -46,15 +48,14 @@ from cli import (
     number,
     output_file,
     read_json,
-    read_text,
     replaced,
     replacing,
     run,
 )
-from engine import load
-from eval import Evaluator, lm_eval
+from engine import load, load_model
 from linear import Linear, linear_for
-from model import Transformer, TransformerBlock
+from model import Transformer
+from profiler_scripts.losses import Losses, TaskLosses, TextLosses, read_parts
 from profiler_scripts.profiler_analysis import (
     ROLES,
     chart,
@@ -63,16 +64,12 @@ from profiler_scripts.profiler_analysis import (
     table,
     write_report,
 )
-from quantize import GROUP_SIZES, INT8_IN_HYBRID, check_groups, quantize
-from tokenizer import Tokenizer
 
+PARTS = ("ranking", "held back")  # of the text or the task
 README = Path(__file__).resolve().parents[1] / "README.md"
-TOP = 1024  # tokens of a reference distribution that are told apart; the others are one event
-BATCH_TOKENS, BATCH_LOGITS = 2048, 2**28  # bounds of what runs at once
-Losses = Callable[[str, int], Tensor]  # of a part of the data, if blocks before the int are int4
 
 # ------------------------------------------------------------------------------------------------
-# The model in int4, each Linear ready in int8
+# The model in int4, each Linear ready in what it may be raised to
 
 
 @dataclasses.dataclass
@@ -108,26 +105,34 @@ def check_plain(model: Transformer, args: Namespace) -> None:
         raise UserError(
             f"{args.model_path} is quantized already; pass the model.pth it was made of"
         )
-    check_groups(linears, dict.fromkeys(linears, "int4"), args.groupsize)
+    quantize.check_groups(linears, dict.fromkeys(linears, "int4"), args.groupsize)
+
+
+def levels(groupsize: int) -> list[str]:
+    """The schemes that an int4 Linear may be raised to, as `quantize.py --critical_layers` knows
+    them."""
+    return ["int8"] + ["int4.g32"] * (groupsize > 32)
 
 
 def make_variants(model: Transformer, groupsize: int) -> Variants:
-    """Round every Linear of a bf16 model both ways, as quantize.py does; the model stays as it is.
+    """Round every Linear of a bf16 model each way, as quantize.py does; the model stays as it is.
 
     An int4 module is a plain Linear with the dequantized weight: what an `Int4Linear` computes with
-    many rows, without unpacking at each run. It takes the memory of the bf16 model once more.
+    many rows, without unpacking at each run. Each group size takes the memory of the bf16 model
+    once more.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-    modules: dict[str, dict[str, Linear]] = {"bf16": linears, "int8": {}, "int4": {}}
+    schemes = (*levels(groupsize), "int4")
+    modules: dict[str, dict[str, Linear]] = {"bf16": linears} | {scheme: {} for scheme in schemes}
     nbytes: dict[str, dict[str, int]] = {scheme: {} for scheme in modules}
     for name, linear in tqdm(linears.items(), "quantizing", unit="matrix"):
         nbytes["bf16"][name] = linear.weight.nbytes
-        for scheme in ("int8", "int4"):
-            tensors = quantize(linear.weight, scheme, groupsize)
+        for scheme in schemes:
+            tensors = quantize.quantize(linear.weight, scheme, groupsize)
             nbytes[scheme][name] = sum(tensor.nbytes for tensor in tensors.values())
             module = linear_for(linear, tensors)
             module.load_state_dict(tensors, assign=True, strict=False)
-            if scheme == "int4":
+            if scheme != "int8":
                 weight = module.dequantize()
                 with torch.device("meta"):
                     module = Linear(linear.in_features, linear.out_features, experts=linear.experts)
@@ -135,171 +140,6 @@ def make_variants(model: Transformer, groupsize: int) -> Variants:
             module.bias = linear.bias
             modules[scheme][name] = module.requires_grad_(False)
     return Variants(model, modules, nbytes)
-
-
-# ------------------------------------------------------------------------------------------------
-# Losses on text
-
-
-class TextLosses:
-    """Losses of a model on sequences of a text, one number a sequence: KL or negative log prob.
-
-    Called with the first block that is not what it was at the last `remember`.
-    """
-
-    def __init__(self, model: Transformer, parts: dict[str, Tensor], metric: str):
-        """`parts` `[N, T + 1]` are token ids; the last one of a row is only predicted.
-
-        The model is the reference as it is now. Of each of its distributions the `TOP` likeliest
-        tokens are kept: lumping the rest makes the divergence smaller, by what lies in their tail.
-        """
-        self.model, self.metric = model, metric
-        length = next(iter(parts.values())).shape[1] - 1
-        rows = max(1, min(BATCH_TOKENS // length, BATCH_LOGITS // length // model.args.vocab_size))
-        self.batches = {name: part.split(rows) for name, part in parts.items()}
-        self.states: dict[str, list[list[Tensor]]] = {name: [] for name in parts}
-        self.reference: dict[str, list] = {name: [] for name in parts}
-        if metric == "kl":
-            for name, batches in self.batches.items():
-                for batch in batches:
-                    logits = self.logits(batch)
-                    tops = [likeliest(row) for row in logits]
-                    self.reference[name].append([torch.stack(x) for x in zip(*tops, strict=True)])
-
-    def logits(
-        self,
-        batch: Tensor,
-        start: int = 0,
-        states: list[Tensor] | None = None,
-        record: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Logits `[B, T, V]` of a batch; `states` has what enters each block, up to `start`."""
-        model, (rows, length) = self.model, (batch.shape[0], batch.shape[1] - 1)
-        cache = model.layers[0].attention.kv_cache
-        if cache is None or cache.k_cache.shape[0] != rows:
-            model.setup_caches(rows, length)
-        places = itertools.count()
-
-        def block(layer: TransformerBlock, x: Tensor, *rest: Tensor) -> Tensor:
-            if next(places) < start:
-                return states[start]
-            y = TransformerBlock.forward(layer, x, *rest)
-            if record is not None:
-                record.extend([x, y] if not record else [y])
-            return y
-
-        positions = torch.arange(length, device=batch.device).expand(rows, -1)
-        return model(batch[:, :-1], positions, length, block=block).logits
-
-    def remember(self, part: str) -> None:
-        """Keep what enters every block, so that a later run may start at any."""
-        self.states[part] = [[] for _ in self.batches[part]]
-        for batch, record in zip(self.batches[part], self.states[part], strict=True):
-            self.logits(batch, record=record)
-
-    def __call__(self, part: str, start: int = 0) -> Tensor:
-        """Mean loss of each sequence of a part, float64 `[N]`."""
-        losses = []
-        for i, batch in enumerate(self.batches[part]):
-            logits = self.logits(batch, start, self.states[part][i] if start else None)
-            for row, one in enumerate(logits):
-                if self.metric == "kl":
-                    reference = [values[row] for values in self.reference[part][i]]
-                    losses.append(divergence(one, *reference))
-                else:
-                    log_probs = one.float().log_softmax(-1)
-                    losses.append(-log_probs.gather(-1, batch[row, 1:].unsqueeze(-1)).mean())
-        return torch.stack(losses).double().cpu()
-
-
-def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits `[T, V]`: the tokens that are told apart and their log probs, two `[T, K]`."""
-    log_probs = logits.float().log_softmax(-1)
-    values, tokens = log_probs.topk(min(TOP, logits.shape[-1]))
-    return tokens, values
-
-
-def divergence(logits: Tensor, tokens: Tensor, reference: Tensor) -> Tensor:
-    """Mean KL divergence, in nats, of logits `[T, V]` from what `likeliest` gave; 0 if it is them.
-
-    All tokens but those of the reference count as one event of its own probability.
-    """
-    log_probs = logits.float().log_softmax(-1).gather(-1, tokens)  # [T, K]
-    probs = reference.exp()
-    rest, other = (
-        (1 - p.sum(-1)).clamp(min=1e-6) for p in (probs, log_probs.exp())
-    )  # float32 cannot tell less
-    told = (probs * (reference - log_probs)).sum(-1)
-    return (told + rest * (rest / other).log()).mean()
-
-
-def read_parts(args: Namespace, tokenizer: Tokenizer, device: torch.device) -> dict[str, Tensor]:
-    """Cut the text into sequences: its first half to rank by, and its second half held back."""
-    ids = tokenizer.encode(read_text(args.text), bos=False)
-    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    length = args.max_seq_length + 1 - len(first)  # of a sequence, with the token it ends before
-    half = min(args.limit, len(ids) // length // 2)
-    if half < 2:
-        raise UserError(
-            f"--text {args.text} has {len(ids)} tokens and {4 * length} are needed, for two "
-            "sequences to rank by and two to confirm; pass more text or lower --max_seq_length"
-        )
-    middle = len(ids) // 2
-    parts = {"ranking": ids[:middle], "held back": ids[middle:]}
-    return {
-        name: torch.tensor(
-            [first + part[i * length : (i + 1) * length] for i in range(half)], device=device
-        )
-        for name, part in parts.items()
-    }
-
-
-# ------------------------------------------------------------------------------------------------
-# Losses on a task of lm-eval
-
-
-class TaskLosses:
-    """Losses of a model on documents of an lm-eval task, one number a document.
-
-    The number is the task's first metric that every document has one of, negated if higher is
-    better. The documents before --limit rank, as many after them confirm.
-    """
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, args: Namespace):
-        self.name = args.metric
-        manager, names = tasks.find([self.name], args.include_path)
-        with tasks.explaining(names):
-            self.loaded = manager.load(names)
-            self.task = next(iter(self.loaded["tasks"].values()))
-            count = len(self.task.eval_docs)
-        if len(self.loaded["tasks"]) != 1 or count < 4:
-            raise UserError(f"--metric {self.name} should be one task with four documents or more")
-        if self.task.get_config("num_fewshot") is None:
-            self.task.set_config(key="num_fewshot", value=0)
-        half = min(args.limit, count // 2)
-        documents = {"ranking": range(half), "held back": range(half, 2 * half)}
-        self.documents = {part: list(numbers) for part, numbers in documents.items()}
-        self.evaluator = Evaluator(model, tokenizer, 8, args.max_seq_length)
-
-    def remember(self, part: str) -> None:
-        """Nothing: a task is always run in full."""
-
-    def __call__(self, part: str, start: int = 0) -> Tensor:
-        self.task.set_fewshot_seed(seed=1234)  # the same examples every time, lm-eval's own
-        with tasks.explaining([self.name]):
-            results = lm_eval.evaluate(  # simple_evaluate asks the system about itself each time
-                self.evaluator,
-                self.loaded,
-                samples={self.name: self.documents[part]},
-                log_samples=True,
-                bootstrap_iters=0,
-            )
-        samples = sorted(results["samples"][self.name], key=lambda sample: sample["doc_id"])
-        for metric, higher in results["higher_is_better"][self.name].items():
-            values = [sample.get(metric) for sample in samples]
-            if all(isinstance(value, int | float) for value in values) and higher is not None:
-                return torch.tensor(values, dtype=torch.float64) * (-1 if higher else 1)
-        raise UserError(f"--metric {self.name}: it has no metric with a number for each document")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -354,91 +194,130 @@ def read_state(args: Namespace, of: dict) -> dict:
     return state
 
 
-def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> dict[str, Tensor]:
-    """Losses on the ranking part with each Linear raised to int8, and of all int4 as "".
+class Move(NamedTuple):
+    """A Linear raised from int4 to a scheme: the bytes it costs, the loss it saves."""
 
-    Each is written to the state file once it is known, and taken from there if it is known.
+    name: str
+    scheme: str
+    extra: int
+    saved: float
+    error: float = 0.0  # standard error of `saved`
+
+
+def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> list[Move]:
+    """Raise each Linear alone to each level, and see what that saves on the ranking part.
+
+    The losses are written to the state file once they are known, and taken from there if they are.
     """
     names = [*variants.modules["int4"]]
+    schemes = [scheme for scheme in variants.modules if scheme not in ("bf16", "int4")]
+    trials = {f"{name}={scheme}": (name, scheme) for name in names for scheme in schemes}
     variants.use(dict.fromkeys(names, "int4"))
-    found = state["losses"] = {k: v for k, v in state["losses"].items() if k in ("", *names)}
-    if len(found) <= len(names):
+    found = state["losses"] = {k: v for k, v in state["losses"].items() if k in ("", *trials)}
+    if len(found) <= len(trials):
         losses.remember("ranking")
     if found:
-        print(f"going on after {len(found) - 1} of {len(names)} layers", file=sys.stderr)
-    missing = [name for name in ("", *names) if name not in found]
-    for name in tqdm(missing, "raising to int8", unit="layer"):
+        print(f"going on after {len(found) - 1} of {len(trials)} trials", file=sys.stderr)
+    missing = [key for key in ("", *trials) if key not in found]
+    for key in tqdm(missing, "raising", unit="trial"):
+        name, scheme = trials.get(key, ("", ""))
         block = name.split(".")[1] if name.startswith("layers.") else len(variants.model.layers)
-        variants.use({name: "int8"} if name else {})
-        found[name] = losses("ranking", int(block) if name else 0).tolist()
+        variants.use({name: scheme} if name else {})
+        found[key] = losses("ranking", int(block) if name else 0).tolist()
         variants.use({name: "int4"} if name else {})
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(state), encoding="utf-8")
     if len({len(values) for values in found.values()}) > 1:
         raise UserError(f"{path} is damaged; delete it to start anew")
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+    moves, before = [], torch.tensor(found[""], dtype=torch.float64)
+    for key, (name, scheme) in trials.items():
+        extra = variants.nbytes[scheme][name] - variants.nbytes["int4"][name]
+        after = torch.tensor(found[key], dtype=torch.float64)
+        moves.append(Move(name, scheme, extra, *mean_and_error(before - after)))
+    return moves
 
 
-def rank(variants: Variants, found: dict[str, Tensor]) -> list[dict]:
-    """A row for each Linear, the one that saves most a byte first."""
-    rows = []
-    for name in variants.modules["int4"]:
-        saved, error = mean_and_error(found[""] - found[name])
-        extra = variants.nbytes["int8"][name] - variants.nbytes["int4"][name]
-        row = {"name": name, "role": name.rpartition(".")[2], "extra_bytes": extra}
-        rows.append(row | {"saved": saved, "saved_error": error, "per_mb": saved / extra * 1e6})
-    rows.sort(key=lambda row: -row["per_mb"])
-    return [{"row": "layer", "rank": place, **row} for place, row in enumerate(rows, 1)]
+def rank(moves: list[Move], chosen: dict[str, str]) -> list[dict]:
+    """A row for each Linear, the one that saves most a byte first; figures are of int8."""
+    rows, best = {}, {}
+    for name, scheme, extra, saved, error in moves:
+        row = rows.setdefault(name, {"name": name, "role": name.rpartition(".")[2]})
+        row["scheme"] = chosen.get(name, "int4")
+        worth = saved / extra * 1e6
+        best[name] = max(worth, best.get(name, worth))
+        if scheme == "int8":
+            row |= {"extra_bytes": extra, "saved": saved, "saved_error": error, "per_mb": worth}
+        else:
+            row |= {"g32_saved": saved, "g32_error": error, "g32_per_mb": worth}
+    order = sorted(rows.values(), key=lambda row: -best[row["name"]])
+    return [{"row": "layer", "rank": place, **row} for place, row in enumerate(order, 1)]
 
 
-def choose(rows: list[dict], room: float) -> set[str]:
-    """Of these rows, in their order, the Linears that fit `room` bytes and save something."""
-    chosen = set()
-    for row in rows:
-        if row["saved"] > 0 and row["extra_bytes"] <= room:
-            chosen.add(row["name"])
-            room -= row["extra_bytes"]
-    return chosen
+def choose(moves: list[Move], room: float) -> dict[str, str]:
+    """The schemes of the Linears to raise: what saves most a byte, as long as it fits `room` bytes.
+
+    A Linear that was raised may be raised further, for what that adds.
+    """
+    chosen: dict[str, Move] = {}
+    while True:
+        best = None
+        for move in moves:
+            now = chosen.get(move.name, Move(move.name, "int4", 0, 0.0))
+            extra, saved = move.extra - now.extra, move.saved - now.saved
+            if 0 < extra <= room and saved > 0 and (best is None or saved / extra > best[0]):
+                best = saved / extra, extra, move
+        if best is None:
+            return {name: move.scheme for name, move in chosen.items()}
+        room -= best[1]
+        chosen[best[2].name] = best[2]
 
 
-def built_in_hybrid(names: list[str]) -> set[str]:
-    """The Linears that `quantize.py --mode hybrid` stores in int8 when nothing is named."""
-    return {n for n in names if any(fnmatchcase(n, pattern) for pattern in INT8_IN_HYBRID)}
+def built_in_hybrid(names: list[str]) -> dict[str, str]:
+    """What `quantize.py --mode hybrid` raises when nothing is named."""
+    patterns = quantize.INT8_IN_HYBRID
+    return {n: "int8" for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)}
 
 
-def random_choices(rows: list[dict], room: float, count: int) -> list[set[str]]:
-    """So many choices of Linears, whatever they save, that fill `room` bytes like `choose` does."""
-    shuffle, choices = random.Random(0).sample, []
-    for _ in range(count):
-        order = [row | {"saved": 1.0} for row in shuffle(rows, len(rows))]
-        choices.append(choose(order, room))
-    return choices
+def random_choices(moves: list[Move], room: float, count: int) -> list[dict[str, str]]:
+    """So many choices, whatever they save, that fill `room` bytes like `choose` does."""
+    draw = random.Random(0).random
+    return [
+        choose([move._replace(saved=move.extra * draw()) for move in moves], room)
+        for _ in range(count)
+    ]
 
 
-def confirm(variants: Variants, losses: Losses, choices: dict[str, list[set[str]]]) -> list[dict]:
+def confirm(
+    variants: Variants, losses: Losses, choices: dict[str, list[dict[str, str]]]
+) -> list[dict]:
     """A row for each whole model that the choice is to be compared with, on both parts.
 
-    `choices` are sets of Linears in int8, the others in int4. Several of one title make one row of
-    means, whose error is that among the sets.
+    `choices` are the schemes of Linears, the others being int4. Several of one title make one row
+    of means, whose error is that among them.
     """
     names = [*variants.modules["int4"]]
     rows = []
-    for title, sets in tqdm(choices.items(), "confirming", unit="model"):
-        row, found = {"row": "model", "name": title}, collections.defaultdict(list)
-        for int8 in sets:
-            schemes = {name: "int8" if name in int8 else "int4" for name in names}
-            schemes = dict.fromkeys(names, "bf16") if title == "bf16" else schemes
+    for title, several in tqdm(choices.items(), "confirming", unit="model"):
+        found = collections.defaultdict(list)
+        for raised in several:
+            schemes = dict.fromkeys(names, "int4") | raised
             variants.use(schemes)
             found["bits"].append(variants.bits(schemes))
-            for part in ("ranking", "held back"):
+            for part in PARTS:
                 found[part].append(losses(part, 0))
-        row["bits"] = sum(found["bits"]) / len(sets)
-        for part in ("ranking", "held back"):
-            numbers = found[part][0] if len(sets) == 1 else torch.stack(found[part]).mean(1)
-            key = part.replace(" ", "_")
-            row[f"{key}_loss"], row[f"{key}_error"] = mean_and_error(numbers)
-        rows.append(row)
+        parts = [found[part] for part in PARTS]
+        losses_of = [one[0] if len(several) == 1 else torch.stack(one).mean(1) for one in parts]
+        rows.append(model_row(title, sum(found["bits"]) / len(several), losses_of))
     return rows
+
+
+def model_row(title: str, bits: float, losses: list[Tensor]) -> dict:
+    """The row of a whole model with these losses on both parts."""
+    row = {"row": "model", "name": title, "bits": bits}
+    for part, numbers in zip(PARTS, losses, strict=True):
+        key = part.replace(" ", "_")
+        row[f"{key}_loss"], row[f"{key}_error"] = mean_and_error(numbers)
+    return row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -463,23 +342,28 @@ def models_table(models: list[dict], metric: str) -> str:
 def report_text(args: Namespace, layers: list[dict], models: list[dict], sizes: str) -> str:
     """The whole report as Markdown."""
     what = f"lm-eval's {args.metric}" if args.metric not in ("kl", "perplexity") else args.text.name
-    chosen = sum(row["scheme"] == "int8" for row in layers)
+    counts = collections.Counter(row["scheme"] for row in layers if row["scheme"] != "int4")
+    raised = ", ".join(f"{count} in {scheme}" for scheme, count in counts.items()) or "none"
     parts = [
         "# What each Linear costs in int4\n",
         f"{args.model_path}, groups of {args.groupsize}. Loss: {loss_name(args.metric)}, on "
         f"{what}: {sizes}. The first part ranks, the second one is held back to confirm. ± is one "
         "standard error.\n",
-        f"Under the budget of {args.budget:.4f} bits a weight {chosen} of {len(layers)} Linears "
-        "are chosen for int8.\n",
+        f"Chosen under the budget of {args.budget:.4f} bits a weight: of {len(layers)} Linears "
+        f"{raised}.\n",
         models_table(models, args.metric),
-        "## Layers, by the loss that int8 saves a megabyte\n",
+        "## Layers, by the loss that int8 or int4.g32 saves a megabyte\n",
         "Each is raised alone, everything else being int4. A Linear whose saving is within one or "
         "two standard errors of zero has no certain rank.\n",
     ]
     titles = ["rank", "layer", "scheme", "extra bytes", "saved", "±", "saved a MB"]
+    keys = ["saved", "saved_error", "per_mb"]
+    if "g32_saved" in layers[0]:
+        titles += ["by int4.g32", "±", "by it a MB"]
+        keys += ["g32_saved", "g32_error", "g32_per_mb"]
     rows = []
     for row in layers:
-        numbers = [f"{row[key]:.6f}" for key in ("saved", "saved_error", "per_mb")]
+        numbers = [f"{row[key]:.6f}" for key in keys]
         rows.append([row["rank"], row["name"], row["scheme"], row["extra_bytes"], *numbers])
     return "\n".join([*parts, table(titles, rows)])
 
@@ -523,6 +407,11 @@ def draw(layers: list[dict], metric: str, path: Path) -> None:
         del row["block"]
 
 
+def entries(chosen: dict[str, str]) -> list[str]:
+    """A choice as quantize.py takes it, where a name alone is one in int8."""
+    return [name if scheme == "int8" else f"{name}={scheme}" for name, scheme in chosen.items()]
+
+
 def write_all(args: Namespace, layers: list[dict], models: list[dict], sizes: str) -> list[Path]:
     """Write the report, its chart and the list of layers; the paths of the files."""
     text = report_text(args, layers, models, sizes)
@@ -530,9 +419,9 @@ def write_all(args: Namespace, layers: list[dict], models: list[dict], sizes: st
         drawing = functools.partial(draw, layers, args.metric)
         write_report(path, text, csv_rows(layers, models), drawing)
     if args.layers_file:
-        names = [row["name"] for row in layers if row["scheme"] == "int8"]
+        chosen = {row["name"]: row["scheme"] for row in layers if row["scheme"] != "int4"}
         with replacing(args.layers_file) as temporary:
-            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            temporary.write_text("".join(f"{e}\n" for e in entries(chosen)), encoding="utf-8")
     return [*reports(args.report_file), *([args.layers_file] if args.layers_file else [])]
 
 
@@ -545,7 +434,8 @@ def make_parser() -> Parser:
     add = parser.group("model")
     add("--model_path", type=Path, required=True, help="a bf16 model.pth")
     add("--device", help="cpu, cuda, cuda:1, … (default: $DEVICE, else cuda if available)")
-    add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="of int4 (default: 32)")
+    sizes = quantize.GROUP_SIZES
+    add("--groupsize", type=int, default=32, choices=sizes, help="of int4 (default: 32)")
     add = parser.group("measurement")
     add("--metric", default="kl", help="kl, perplexity, or the name of an lm-eval task")
     add("--text", type=Path, default=README, help="half of it ranks (default: README)")
@@ -559,7 +449,8 @@ def make_parser() -> Parser:
     add("--random_choices", type=number(int, 2, 10000), default=10, metavar="N", help=about)
     add = parser.group("output")
     add("--report_file", type=output_file, required=True, help="ends in .txt, .md, .csv or .png")
-    add("--layers_file", type=output_file, metavar="OUT", help="write the int8 layers, one a line")
+    add("--layers_file", type=output_file, metavar="OUT", help="write the layers for quantize.py")
+    add("--quantize", action="store_true", help="write the checkpoint, calibrated on the text")
     return parser
 
 
@@ -572,17 +463,56 @@ def check_flags(args: Namespace) -> bool:
         raise UserError("--include_path goes with --metric TASK; leave it out")
     if not on_text and args.text != README:
         raise UserError("--text goes with --metric kl or perplexity; leave it out")
+    if args.quantize and not on_text:
+        raise UserError("--quantize calibrates on the --text that ranks; leave out --metric")
     return on_text
 
 
-def find_budget(args: Namespace, variants: Variants, hybrid: set[str]) -> float:
+def find_budget(args: Namespace, variants: Variants, hybrid: dict[str, str]) -> float:
     """The bits a weight that may be used; `UserError` if int4 alone takes more."""
     names = [*variants.modules["int4"]]
     least = variants.bits(dict.fromkeys(names, "int4"))
     if args.budget is not None and args.budget < least:
         raise UserError(f"--budget {args.budget} is less than all int4 takes, {least:.4f} bits")
-    in_hybrid = {name: "int8" if name in hybrid else "int4" for name in names}
+    in_hybrid = dict.fromkeys(names, "int4") | hybrid
     return variants.bits(in_hybrid) if args.budget is None else args.budget
+
+
+def alternatives(
+    variants: Variants, moves: list[Move], room: float, args: Namespace
+) -> dict[str, list[dict[str, str]]]:
+    """The choice, and those that it is to be compared with, by title."""
+    names, int8 = [*variants.modules["int4"]], [move for move in moves if move.scheme == "int8"]
+    titles = {scheme: [dict.fromkeys(names, scheme)] for scheme in variants.modules}
+    found = {"bf16": titles.pop("bf16")}
+    found |= {f"all {scheme}": choice for scheme, choice in titles.items()}
+    found |= {"built-in hybrid": [built_in_hybrid(names)], "chosen": [choose(moves, room)]}
+    if len(int8) < len(moves):
+        found["chosen, int8 alone"] = [choose(int8, room)]
+    some = random_choices(moves, room, args.random_choices)
+    return found | {f"{len(some)} random choices, mean": some}
+
+
+def write_checkpoint(
+    args: Namespace,
+    device: torch.device,
+    chosen: dict[str, str],
+    parts: dict[str, Tensor],
+    losses: TextLosses,
+) -> dict:
+    """Quantize as chosen, calibrated on the ranking part; the row of the checkpoint so made."""
+    flags = ["--checkpoint_path", str(args.model_path), "--groupsize", str(args.groupsize)]
+    if chosen:
+        flags += ["--mode", "hybrid", "--critical_layers", *entries(chosen)]
+    else:
+        flags += ["--mode", "int4"]
+    options = quantize.make_parser().parse_args(flags)
+    options = replaced(options, device=device)
+    model, schemes = quantize.prepare(options, device)
+    sequences = [*parts["ranking"][:, :-1]]
+    path, bits = quantize.write(options, model, schemes, sequences)
+    losses.model = load_model(path, device)
+    return model_row(f"written, {path.name}", bits, [losses(part) for part in PARTS])
 
 
 def main(args: Namespace) -> None:
@@ -604,18 +534,14 @@ def main(args: Namespace) -> None:
     variants = make_variants(model, args.groupsize)
     hybrid = built_in_hybrid([*variants.modules["int4"]])
     args = replaced(args, budget=find_budget(args, variants, hybrid))
-    found = measure(variants, losses, state, state_file(args.report_file))
-    layers = rank(variants, found)
+    moves = measure(variants, losses, state, state_file(args.report_file))
     room = args.budget * variants.weights / 8
     room -= variants.total(dict.fromkeys(variants.modules["int4"], "int4"))
-    chosen = choose(layers, room)
-    for row in layers:
-        row["scheme"] = "int8" if row["name"] in chosen else "int4"
-    choices = {"bf16": [set()], "all int8": [{*variants.modules["int8"]}]}
-    choices |= {"built-in hybrid": [hybrid], "chosen": [chosen]}
-    some = random_choices(layers, room, args.random_choices)
-    choices[f"{len(some)} random choices, mean"] = some
-    models = confirm(variants, losses, choices | {"all int4": [set()]})
+    chosen = choose(moves, room)
+    layers = rank(moves, chosen)
+    models = confirm(variants, losses, alternatives(variants, moves, room, args))
+    if args.quantize:
+        models.append(write_checkpoint(args, device, chosen, parts, losses))
     written = write_all(args, layers, models, sizes)
     state_file(args.report_file).unlink(missing_ok=True)
     print(models_table(models, args.metric), end="")

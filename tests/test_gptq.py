@@ -1,7 +1,7 @@
 """GPTQ equals its paper, beats rounding to nearest, and sees the inputs that it should."""
 
 import hashlib
-import itertools
+import math
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ import torch
 from cli import UserError
 from conftest import CONFIG, random_model, write_checkpoint
 from engine import load_model
-from gptq import calibration_sequences, gptq, quantize_blocks
+from gptq import gptq, output_error, quantize_blocks
 from linear import Linear
 
 OUT, IN = 48, 192
 
 
-def find_grid(groups):
-    """From the least to the largest weight of each row."""
+def find_grid(groups, costs=None):
+    """From the least to the largest weight of each row, whatever errors cost."""
     low, high = groups.aminmax(dim=1)
     scale = ((high - low).clamp(min=1e-6) / 15).bfloat16().float()
     return scale, (low + 8 * scale).bfloat16().float()
@@ -112,7 +112,7 @@ def test_inputs_that_are_always_zero_concern_no_other(act_order, percdamp):
     dead = torch.arange(IN) % 5 == 0
     inputs[:, dead] = 0
     hessian = 2 * inputs.T @ inputs / len(inputs)
-    static = lambda groups: (torch.full((OUT,), 2**-5), torch.zeros(OUT))  # noqa: E731
+    static = lambda groups, costs: (torch.full((OUT,), 2**-5), torch.zeros(OUT))  # noqa: E731
     settings = dict(find_grid=static, percdamp=percdamp, act_order=act_order)
     codes, _ = gptq(weight, hessian, 32, **settings)
     expected = ((weight * 2**5).round().clamp(-8, 7) + 8).to(torch.uint8)
@@ -149,6 +149,31 @@ def test_the_result_has_the_stored_format_and_the_arguments_stay(dtype):
     assert grids.dtype == torch.bfloat16 and grids.shape == (IN // 64, OUT, 2)
     assert codes.min() == 0 and codes.max() == 15
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
+
+
+def test_a_grid_is_told_what_errors_in_its_columns_cost():
+    weight, _, hessian = problem()
+    for act_order in (False, True):
+        told = []
+
+        def keep(groups, costs, told=told):
+            told.append(costs)
+            return find_grid(groups)
+
+        gptq(weight, hessian, 64, keep, act_order=act_order)
+        assert torch.equal(torch.cat(told), hessian.diagonal())
+
+
+def test_the_error_reported_is_that_of_the_outputs():
+    weight, inputs, hessian = problem()
+    result = dequantize(*nearest(weight, 32), 32)
+    expected = ((result - weight) @ inputs.T).square().sum() / (weight @ inputs.T).square().sum()
+    assert output_error(weight, result, hessian) == pytest.approx(expected.item(), rel=1e-3)
+    assert output_error(weight, weight, hessian) == 0
+    pair, experts = torch.stack((weight, weight)), torch.stack((result, 0 * weight))
+    known = output_error(pair, experts, [hessian, None])  # nothing is known of the other's inputs
+    assert known == pytest.approx(expected.item(), rel=1e-3)
+    assert math.isnan(output_error(pair, experts, [None, None]))
 
 
 # ---- A whole model -----------------------------------------------------------------------------
@@ -196,10 +221,11 @@ def test_every_linear_comes_once_with_the_hessian_of_its_quantized_past():
     assert seen.keys() == linears_of(model).keys()
 
     expected = random_model(CONFIG)
-    for stage in ("layers.0.", "layers.1.", "output"):
+    roles = (("wqkv",), ("wo",), ("w1", "w3"), ("w2",))
+    for stage in [(f"layers.{i}.", ends) for i in range(2) for ends in roles] + [("out", "put")]:
         hessians = plain_hessians(expected, sequences)
         for name, linear in linears_of(expected).items():
-            if name.startswith(stage):
+            if name.startswith(stage[0]) and name.endswith(stage[1]):
                 torch.testing.assert_close(seen[name], hessians[name], rtol=1e-4, atol=1e-4)
                 linear.weight.data = coarse(linear.weight)
 
@@ -261,38 +287,3 @@ def test_logits_on_other_sequences_are_closer_than_with_rounding_to_nearest():
         logits[name] = model(tokens, positions, 64).logits.float()
     moved = {name: (logits[name] - logits["float"]).norm() for name in ("nearest", "gptq")}
     assert moved["gptq"] < 0.8 * moved["nearest"]
-
-
-# ---- Texts -------------------------------------------------------------------------------------
-
-
-def encode(text):
-    return [1, *text.encode()]
-
-
-def lists(sequences):
-    return [sequence.tolist() for sequence in sequences]
-
-
-def test_texts_are_cut_into_whole_pieces():
-    texts = ["abcdef", "", "xy", "pqrst"]
-    a, x, p = (list(text.encode()) for text in ("abcdef", "xy", "pqrst"))
-    whole = [[1, *a[:2]], a[2:5], [1, *x], [1, *p[:2]], p[2:5]]
-    assert lists(calibration_sequences(texts, encode, 3, 100)) == whole
-    assert lists(calibration_sequences(texts, encode, 3, 2)) == whole[:2]
-    short = lists(calibration_sequences(texts, encode, 4, 100, keep_short=True))
-    assert short == [[1, *a[:3]], a[3:], [1], [1, *x], [1, *p[:3]], p[3:]]
-    plain = lambda text: [*text.encode()]  # noqa: E731
-    assert lists(calibration_sequences(["", "xy"], plain, 4, 100, keep_short=True)) == [x]
-
-
-def test_no_more_texts_are_read_than_needed():
-    texts = map(str, itertools.count())
-    assert len(calibration_sequences(texts, encode, 2, 5)) == 5
-
-
-def test_texts_that_are_all_too_short_are_named():
-    with pytest.raises(UserError, match="no calibration text has 8 tokens"):
-        calibration_sequences(["a", "b"], encode, 8, 10)
-    with pytest.raises(UserError):
-        calibration_sequences([], encode, 8, 10, keep_short=True)

@@ -21,6 +21,7 @@ from engine import load_model
 from linear import Int4Linear, Int8Linear, Linear
 from profiler_scripts import layer_accuracy_analysis as accuracy
 from profiler_scripts import layer_identification as identification
+from profiler_scripts import losses as losses_module
 from profiler_scripts import profiler_analysis as profiling
 from ranges import scheme_of, title, traced
 from tokenizer import Tokenizer
@@ -378,9 +379,10 @@ def test_the_divergence_is_the_textbooks(monkeypatch):
     expected = torch.nn.functional.kl_div(
         logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    assert accuracy.divergence(logits, *accuracy.likeliest(reference)) == pytest.approx(expected)
-    monkeypatch.setattr(accuracy, "TOP", 100)  # the tail as one event: less, but not much
-    lumped = accuracy.divergence(logits, *accuracy.likeliest(reference))
+    whole = losses_module.divergence(logits, *losses_module.likeliest(reference))
+    assert whole == pytest.approx(expected)
+    monkeypatch.setattr(losses_module, "TOP", 100)  # the tail as one event: less, but not much
+    lumped = losses_module.divergence(logits, *losses_module.likeliest(reference))
     assert 0.9 * expected < lumped < expected
 
 
@@ -401,7 +403,7 @@ def test_perplexity_is_that_of_eval(folder, variants):
     losses = text_losses(folder, variants.model, "perplexity")
     (batch,) = losses.batches["ranking"]
     tokenizer = Tokenizer.from_folder(folder)
-    scorer = accuracy.Evaluator(variants.model, tokenizer, 1, 48)
+    scorer = losses_module.Evaluator(variants.model, tokenizer, 1, 48)
     pairs = [(row[:1].tolist(), row[1:].tolist()) for row in batch]
     scores = [-log_prob / 48 for log_prob, _ in scorer.score(pairs)]
     variants.model.setup_caches(len(batch), 48)
@@ -443,6 +445,65 @@ def test_the_list_makes_the_checkpoint_that_was_measured(run, folder, analysis):
     losses.model = made
     measured = float(rows["chosen"]["held_back_loss"])
     assert losses("held back").mean().item() == pytest.approx(measured, rel=1e-3)
+
+
+def test_three_levels_are_chosen_and_written_at_once(run, folder, tmp_path):
+    report, listed = tmp_path / "three.csv", tmp_path / "three.txt"
+    flags = ["--groupsize", 64, "--budget", 5.2, "--layers_file", listed, "--quantize"]
+    code, out, err = run(accuracy, *flags_of(folder, report, *flags))
+    assert code == 0, err
+    rows = rows_of(report)
+    schemes = {row["name"]: row["scheme"] for row in rows if row["row"] == "layer"}
+    assert set(schemes.values()) == {"int4", "int4.g32", "int8"} and len(schemes) == len(NAMES)
+    models = {row["name"]: row for row in rows if row["row"] == "model"}
+    path = folder / "model_custom_hybrid_int8_int4.g64.pth"
+    written, chosen = models[f"written, {path.name}"], models["chosen"]
+    assert written["bits"] == chosen["bits"] and float(chosen["bits"]) <= 5.2
+    loss = {name: float(row["held_back_loss"]) for name, row in models.items()}
+    assert loss["chosen"] < loss["chosen, int8 alone"] < loss["all int4"]
+    assert loss[f"written, {path.name}"] < loss["all int4"]
+    made = load_model(path, "cpu")
+    path.unlink()
+    groups = {"int4": 64, "int4.g32": 32}
+    for name, scheme in schemes.items():
+        assert getattr(made.get_submodule(name), "groupsize", None) == groups.get(scheme)
+    lines = listed.read_text().split()
+    assert {line.partition("=")[::2] for line in lines} == {
+        (name, "" if scheme == "int8" else scheme)
+        for name, scheme in schemes.items()
+        if scheme != "int4"
+    }
+
+
+def test_where_nothing_fits_the_checkpoint_is_int4(run, folder, tmp_path):
+    flags = ["--budget", 5.0, "--quantize", "--random_choices", 2]
+    assert run(accuracy, *flags_of(folder, tmp_path / "none.csv", *flags))[0] == 0
+    path = folder / "model_int4.g32.pth"
+    assert {type(m) for m in load_model(path, "cpu").modules() if isinstance(m, Linear)} == {
+        Int4Linear
+    }
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "room, chosen",
+    [
+        (0, {}),
+        (10, {"a": "int4.g32"}),
+        (19, {"a": "int4.g32"}),  # b fits no more
+        (30, {"a": "int4.g32", "b": "int8"}),
+        (110, {"a": "int8"}),  # raised a second time, for 2 a byte more
+        (130, {"a": "int8", "b": "int8"}),
+    ],
+)
+def test_what_saves_most_a_byte_is_taken_first(room, chosen):
+    moves = [
+        accuracy.Move("a", "int4.g32", 10, 50.0),
+        accuracy.Move("a", "int8", 110, 250.0),
+        accuracy.Move("b", "int4.g32", 10, -1.0),
+        accuracy.Move("b", "int8", 20, 30.0),
+    ]
+    assert accuracy.choose(moves, room) == chosen
 
 
 def test_the_budget_is_kept_to_the_byte(run, folder, analysis, tmp_path):
@@ -494,7 +555,7 @@ def test_an_interrupted_analysis_goes_on_where_it_stopped(run, folder, tmp_path,
     assert code == 2 and "groupsize" in err and err.count("\n") == 1  # another's work is not lost
     stop = -1
     code, _, err = run(accuracy, *flags_of(folder, reports[1]))
-    assert code == 0 and "after 4 of 11 layers" in err
+    assert code == 0 and "after 4 of 11 trials" in err
     assert measured == all_measured and not state.exists()
     assert reports[1].read_text() == reports[0].read_text()
 
@@ -518,7 +579,7 @@ def test_a_task_of_lm_eval_ranks(run, folder, tmp_path, monkeypatch, few_tasks):
     assert len([row for row in rows if row["row"] == "layer"]) == len(NAMES)
     accuracies = {-float(row["ranking_loss"]) for row in rows if row["row"] == "model"}
     assert accuracies <= {0.0, 0.25, 0.5, 0.75, 1.0}  # of four documents
-    scorer = accuracy.Evaluator(*engine.load(folder / "model.pth", CPU, "bfloat16"), 8, 128)
+    scorer = losses_module.Evaluator(*engine.load(folder / "model.pth", CPU, "bfloat16"), 8, 128)
     manager = lm_eval.tasks.TaskManager(include_path=tmp_path)
     expected = lm_eval.simple_evaluate(scorer, tasks=["tiny_choice"], task_manager=manager, limit=4)
     (own,) = (float(row["ranking_loss"]) for row in rows if row["name"] == "bf16")
@@ -616,6 +677,11 @@ def test_the_scripts_run_from_any_folder(tmp_path):
             accuracy,
             ["--model_path", "{model}", "--report_file", "r.md", "--metric", "no_such_task"],
             "no_such_task",
+        ),
+        (
+            accuracy,
+            ["--model_path", "{model}", "--report_file", "r.md", "--quantize", "--metric", "x"],
+            "--text",
         ),
         (
             accuracy,

@@ -29,7 +29,7 @@ FLOORS = [
     {"model"},
     {"families"},
     {"engine"},
-    {"speculate", "prefill_cache", "tp", "ranges", "gptq"},
+    {"speculate", "prefill_cache", "tp", "ranges", "gptq", "rounding", "calibration"},
     {"prompts", "settings", "shaping", "reuse"},
     {"chat", "jsonl"},
     {"generate", "quantize", "compare"},

@@ -12,6 +12,7 @@ from cli import UserError
 from conftest import CONFIG, random_model, write_checkpoint
 from engine import load_model
 from linear import Int4Linear, Int8ActivationLinear, Int8Linear, Linear
+from tokenizer import Tokenizer
 
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 QWEN = CONFIG | SHAPE | {"model_type": "qwen2", "tie_word_embeddings": True}
@@ -50,6 +51,15 @@ def text_file(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 30)
     return file
+
+
+def outputs_moved(path, made, tmp_path) -> float:
+    """The squared error of the first matrices' outputs on the text of `text_file`."""
+    ids = Tokenizer.from_folder(path.parent).encode(text_file(tmp_path).read_text())[:500]
+    old, new = (load_model(file, "cpu", torch.float32) for file in (path, made))
+    x = old.layers[0].attention_norm(old.embed(torch.tensor(ids)))
+    weights = [model.layers[0].attention.wqkv.dequantize() for model in (old, new)]
+    return (x @ (weights[1] - weights[0]).T).square().sum().item()
 
 
 def schemes_of(model) -> dict[str, str]:
@@ -132,6 +142,21 @@ def test_gptq_calibrates_on_a_task_of_lm_eval(run, path, tmp_path, monkeypatch, 
     assert set(schemes_of(model).values()) == {"int4"}
 
 
+@pytest.mark.parametrize("mode", ["int4", "hybrid"])
+def test_with_a_text_int4_keeps_the_outputs_better(run, path, tmp_path, mode):
+    flags = ["--mode", mode, "--calibration_seq_length", "64"]
+    text = ["--calibration_file", text_file(tmp_path)]
+    errors = []
+    by_gptq = [*text, *(["--gptq"] if mode == "hybrid" else ["--mode", "int4-gptq"])]
+    for extra in ([], text, by_gptq):
+        code, out, err = run(*flags, *extra, "--label", f"{len(errors)}_")
+        assert code == 0, err
+        assert ("error of outputs" in out) == bool(extra)
+        (made,) = path.parent.glob(f"model{len(errors)}_*.pth")
+        errors.append(outputs_moved(path, made, tmp_path))
+    assert errors[1] < 0.95 * errors[0] and errors[2] < 0.8 * errors[1], errors
+
+
 @pytest.mark.parametrize("mode", ["int8", "int8-activation", "int4", "hybrid"])
 def test_logits_are_those_of_the_dequantized_weights(run, path, mode):
     run("--mode", mode)
@@ -153,6 +178,14 @@ def test_logits_are_those_of_the_dequantized_weights(run, path, mode):
     assert difference < (0.1 if mode == "int8-activation" else 1e-5)
 
 
+def test_too_little_text_is_said(run, tmp_path):
+    flags = ["--calibration_file", text_file(tmp_path), "--calibration_seq_length", "64"]
+    code, _, err = run("--mode", "int4", *flags)
+    assert code == 0 and "29 sequences, 1856 tokens: there is no text for the 128" in err
+    code, _, err = run("--mode", "int4", *flags, "--calibration_limit", "10")
+    assert code == 0 and "there is no text" not in err
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4", "hybrid"])
 def test_the_same_input_gives_the_same_bytes(run, path, mode):
     files = []
@@ -162,6 +195,19 @@ def test_the_same_input_gives_the_same_bytes(run, path, mode):
         files.append(made.read_bytes())
         made.unlink()
     assert files[0] == files[1]
+
+
+def test_a_critical_layer_may_have_smaller_groups(run, path):
+    layers = ["output", "layers.*.feed_forward.w?=int4.g32", "layers.1.feed_forward.w3"]
+    code, out, err = run("--mode", "hybrid", "--groupsize", "64", "--critical_layers", *layers)
+    assert code == 0, err
+    model = load_model(path.with_name("model_custom_hybrid_int8_int4.g64.pth"), "cpu")
+    groups = {name: getattr(model.get_submodule(name), "groupsize", 0) for name in NAMES}
+    assert groups == {
+        name: 0 if name in (layers[0], layers[2]) else 32 if "feed_forward" in name else 64
+        for name in NAMES
+    }
+    assert "int4.g32: 5 matrices" in out and "int4: 4 matrices" in out
 
 
 def test_critical_layers_from_a_file(run, path, tmp_path):
@@ -185,10 +231,13 @@ def test_critical_layers_from_a_file(run, path, tmp_path):
             "near ones: layers.0.attention.wo",
         ),
         (["--mode", "hybrid", "--critical_layers", "@nowhere.txt"], "nowhere.txt"),
+        (["--mode", "hybrid", "--critical_layers", "output=int5"], "int8 or int4.g32"),
+        (["--mode", "hybrid", "--critical_layers", "output=int4.g128"], "its 64 columns"),
         (["--mode", "int4", "--critical_layers", "output"], "--mode hybrid"),
         (["--mode", "int4", "--gptq", "--calibration_file", "x"], "--mode int4-gptq"),
         (["--mode", "int4-gptq"], "--calibration_file or --calibration_tasks"),
         (["--mode", "int4-gptq", "--calibration_file", "nowhere.txt"], "nowhere.txt"),
+        (["--mode", "int8", "--calibration_file", "x"], "takes no text to calibrate on"),
         (["--mode", "int4-gptq", "--calibration_tasks", "no_such_task"], "no_such_task"),
     ],
 )
