@@ -24,8 +24,8 @@ from families import preset, read_config
 from linear import Linear
 from model import LayerKind, ModelArgs, Transformer
 from quantize import check_groups, quantize
-from scripts.convert_gguf import GGUF_NAMES
 from scripts.convert_hf_checkpoint import HF_NAMES, parts
+from scripts.gguf_config import GGUF_NAMES
 from scripts.random_weights import empty_model, fill, linears, noise
 
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}

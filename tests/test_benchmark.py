@@ -438,7 +438,8 @@ def test_the_gguf_file_holds_the_same_weights(scheme, shape, tmp_path):
     reader, meta = convert_gguf.open_gguf(tmp_path / "m.gguf")
     config = convert_gguf.build_config(meta, reader, torch.bfloat16) | {"model_type": "llama"}
     assert from_config(config) == preset("tiny")  # the output matrix is a tensor of its own
-    found = convert_gguf.read_tensors(tmp_path / "m.gguf", reader, torch.float32)
+    names = {tensor.name for tensor in reader.tensors}
+    found = convert_gguf.read_tensors(tmp_path / "m.gguf", reader, torch.float32, "llama", names)
     found = {name: tensor for _, name, tensor in found}
     attention = model.layers[1].attention
     wqkv = attention.wqkv.dequantize().float()
