@@ -55,10 +55,13 @@ def step_cost(model: Transformer) -> int:
     PyTorch's own operations for quantized weights on CPUs are not: as if the weights were floats.
     """
     cost, size = model.bytes_per_step(0), model.norm.weight.element_size()
-    for module in model.modules() if model.device.type == "cpu" else ():
-        if isinstance(module, Linear) and module.tiles is None:
-            stored = sum(tensor.nbytes for tensor in module.parameters())
-            cost += max(0, module.in_features * module.out_features * size - stored)
+    linears = [(m, 1) for m in model.modules() if isinstance(m, Linear) and not m.experts]
+    for mixture in (m for m in model.modules() if hasattr(m, "expert")):  # each chosen one
+        linears += [(linear, model.args.mixture.chosen) for linear in mixture.expert(0)]
+    for linear, count in linears if model.device.type == "cpu" else ():
+        if linear.tiles is None:
+            stored = sum(tensor.nbytes for tensor in linear.parameters())
+            cost += count * max(0, linear.in_features * linear.out_features * size - stored)
     return cost
 
 

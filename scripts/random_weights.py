@@ -66,6 +66,33 @@ def fill(model: Transformer, device: torch.device, symmetric: bool = False) -> T
     return model
 
 
+def free_stored(stored: list[Linear], packed: list[Linear]) -> None:
+    """Free the stored weights of which kernels have a copy; their sizes stay known."""
+    if any(linear.tiles is None for linear in packed):
+        return
+    kernels = (tensor for linear in packed for tensor in (linear.tiles, linear.grid))
+    used = {t.untyped_storage().data_ptr() for t in kernels if t is not None}
+    for linear in stored:
+        for name, tensor in linear.named_parameters(recurse=False):
+            if name != "bias" and tensor.untyped_storage().data_ptr() not in used:
+                tensor.untyped_storage().resize_(0)
+
+
+def pack(model: Transformer) -> Transformer:
+    """Pack weights that are in no file, one by one, without keeping two copies of them."""
+    tied = model.output.weight is model.tok_embeddings.weight
+    for linear in linears(model).values():
+        if not linear.experts:
+            linear.pack_weights()
+            free_stored([] if tied and linear is model.output else [linear], [linear])
+    for mixture in (layer.feed_forward for layer in model.layers):
+        if hasattr(mixture, "packed"):
+            mixture.pack_weights()
+            experts = [linear for expert in mixture.packed for linear in expert]
+            free_stored([mixture.w1, mixture.w3, mixture.w2], experts)
+    return model
+
+
 def randomize(whole: nn.Module, symmetric: bool = False) -> None:
     """Draw all weights of a module on its device; matmuls keep the size of x.
 
