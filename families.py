@@ -7,51 +7,36 @@ own keys. Files without a `config.json`, as gpt-fast makes them, are known by th
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from cli import UserError, read_json
 from keys import Keys
 from kinds import (
     EXPERTS,
+    FFN,
     MAX_LAYERS,
+    QKV,
+    Family,
+    all_but_every,
     context_length,
-    dense_layers,
-    head_sizes,
+    glm_mixture,
+    layer_kinds,
     mixture_of,
     original_length,
-    rope_section,
-    rotations,
+    qwen_mixture,
+    qwen_window,
+    shared_qwen_mixture,
+    without_rope,
 )
-from model import LayerKind, Mixture, ModelArgs
+from model import Mixture, ModelArgs
 
 PRESETS = Path(__file__).with_name("presets.json")
-ATTENTION, FFN = ("wqkv", "wo"), ("w1", "w2", "w3")  # the Linears that may have biases
-LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # ------------------------------------------------------------------------------------------------
 # What each family is
-
-
-def biases_by(**flags: tuple[str, ...]) -> Callable[[Keys], tuple[str, ...]]:
-    """The Linears with biases, as flags of the file say."""
-    return lambda config: sum((flags[flag] for flag in flags if config.flag(flag)), ())
-
-
-def all_but_every(layers: int) -> Callable[[Keys, int], bool]:
-    """Windows in all layers but every n-th, which sees the whole context."""
-    return lambda config, i: (i + 1) % config.count("sliding_window_pattern", default=layers) > 0
-
-
-def without_rope(config: Keys, layer: int, _windowed: bool = False) -> bool:
-    """SmolLM3: its list has a 0 for each layer without rotations; without one, it is every n-th."""
-    if config.has("no_rope_layers"):
-        return not config.entries("no_rope_layers", layer + 1, "0 and 1", (0, 1).__contains__)[-1]
-    return (layer + 1) % config.count("no_rope_layer_interval", default=4) == 0
 
 
 def post_norms(attention: str, ffn: str) -> dict[str, str]:
@@ -62,6 +47,10 @@ def granite(config: Keys) -> dict:
     embed, residual = (config.number(f"{of}_multiplier", 1.0) for of in ("embedding", "residual"))
     logits = 1 / config.number("logits_scaling", 1.0)
     return {"embed_scale": embed, "residual_scale": residual, "logit_scale": logits}
+
+
+def granite_scale(config: Keys) -> dict:
+    return {"scale": config.number("attention_multiplier", 1.0)}
 
 
 def gemma(config: Keys) -> dict:
@@ -75,52 +64,9 @@ def ministral(config: Keys) -> dict:
     return {"query_scale": (rope.number("llama_4_scaling_beta"), original_length(config, rope))}
 
 
-def qwen_mixture(config: Keys) -> dict:
-    renormalize = config.flag("norm_topk_prob")
-    return mixture_of(config, renormalize=renormalize, dense_layers=dense_layers(config))
-
-
-def glm_mixture(config: Keys) -> dict:
-    for key in ("n_group", "topk_group"):
-        config.choice(key, (1,), 1)
-    width = config.count("moe_intermediate_size")
-    return mixture_of(
-        config,
-        shared=width * config.count("n_shared_experts", default=1),
-        score="sigmoid",
-        renormalize=config.flag("norm_topk_prob", True),
-        factor=config.number("routed_scaling_factor", 1.0),
-        biased=True,
-        dense_layers=tuple(range(config.count("first_k_dense_replace", MAX_LAYERS, 1, 0))),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What a `model_type` implies; the defaults are Llama's."""
-
-    defaults: dict = dataclasses.field(default_factory=dict)  # what its files may leave out
-    norms: str = "pre"
-    qk_norm: str = ""
-    biases: Callable[[Keys], tuple[str, ...]] = biases_by(attention_bias=ATTENTION, mlp_bias=FFN)
-    # Which layers have the window, and which of them no rotations; `layer_types` goes first.
-    windowed: Callable[[Keys, int], bool] | None = None
-    unrotated: Callable[[Keys, int, bool], bool] = lambda config, layer, windowed: False
-    local_rope: bool = False  # layers with a window take no part in the scaling of the others
-    partial_rotary: bool = False
-    model: Callable[[Keys], dict] = lambda config: {}  # more fields of ModelArgs
-    kind: Callable[[Keys], dict] = lambda config: {}  # and of LayerKind
-    mixture: Callable[[Keys], dict] | None = None  # the fields of its Mixture
-    # How its tensors are published; names by the keys of convert_hf_checkpoint.HF_NAMES.
-    names: dict[str, str] = dataclasses.field(default_factory=dict)
-    interleaved: bool = False  # q and k lie in Meta's rotary order already
-    norm_offset: float = 0.0  # what is to be added to the weights of norms
-
-
 ALWAYS = {"windowed": lambda config, layer: True}
-LAST = "max_window_layers"  # Qwen's, whose windows are switched on by a flag
-QWEN = {"windowed": lambda config, layer: layer >= config.count(LAST, default=28, least=0)}
 NO_WINDOW = {"use_sliding_window": False}
+QKV_BIAS = {"qkv_bias": True}
 EPS = {"rms_norm_eps": 1e-5}
 TIED = {"tie_word_embeddings": True}
 POST = {"norms": "post", "names": post_norms("post_attention", "post_feedforward")}
@@ -137,22 +83,21 @@ FAMILIES = {
     "llama": Family(),
     "mistral": Family(**ALWAYS),
     "ministral3": Family(EPS, kind=ministral, **ALWAYS),
-    "qwen2": Family(NO_WINDOW, biases=lambda config: ("wqkv",), **QWEN),
-    "qwen3": Family(NO_WINDOW, qk_norm="head", **QWEN),
+    "qwen2": Family(NO_WINDOW | QKV_BIAS, biases={"qkv_bias": QKV}, windowed=qwen_window),
+    "qwen3": Family(NO_WINDOW, qk_norm="head", windowed=qwen_window),
     "smollm3": Family(
         {"rope_theta": 2e6} | TIED | NO_WINDOW, windowed=without_rope, unrotated=without_rope
     ),
-    "granite": Family(
-        model=granite, kind=lambda config: {"scale": config.number("attention_multiplier", 1.0)}
-    ),
+    "granite": Family(model=granite, kind=granite_scale),
     "phi3": Family(EPS, partial_rotary=True, names={"wqkv": "self_attn.qkv_proj"}, **ALWAYS),
     "seed_oss": Family(
         {"head_dim": 128, "attention_bias": True},
-        biases=biases_by(attention_bias=("wqkv",), attention_out_bias=("wo",), mlp_bias=FFN),
+        biases={"attention_bias": QKV, "attention_out_bias": ("wo",), "mlp_bias": FFN},
     ),
     "ernie4_5": Family(
         {"head_dim": 128, "rope_theta": 5e5} | EPS | TIED,
-        **{"biases": biases_by(use_bias=ATTENTION + FFN), "interleaved": True},
+        biases={"use_bias": (*QKV, "wo", *FFN)},
+        interleaved=True,
     ),
     "olmo2": Family(EPS, qk_norm="flat", **POST),
     "olmo3": Family(
@@ -173,7 +118,7 @@ FAMILIES = {
     "glm4": Family(
         GLM | {"attention_bias": True},
         norms="both",
-        biases=biases_by(attention_bias=("wqkv",)),
+        biases={"attention_bias": QKV},
         partial_rotary=True,
         names=post_norms("post_self_attn", "post_mlp"),
         interleaved=True,
@@ -193,23 +138,20 @@ FAMILIES = {
     ),
     "qwen3_moe": Family(NO_WINDOW, qk_norm="head", mixture=qwen_mixture, **ALWAYS),
     "qwen2_moe": Family(
-        {"qkv_bias": True} | NO_WINDOW,
-        biases=biases_by(qkv_bias=("wqkv",)),
-        windowed=lambda config, i: i % 2 == 0 and i < config.count(LAST, default=28, least=0),
-        mixture=lambda config: (
-            qwen_mixture(config)
-            | {"shared": config.count("shared_expert_intermediate_size"), "shared_gate": True}
-        ),
+        NO_WINDOW | QKV_BIAS,
+        biases={"qkv_bias": QKV},
+        windowed=lambda config, layer: layer % 2 == 0 and not qwen_window(config, layer),
+        mixture=shared_qwen_mixture,
     ),
     "granitemoe": Family(
         model=granite,
-        kind=lambda config: {"scale": config.number("attention_multiplier", 1.0)},
+        kind=granite_scale,
         mixture=lambda config: mixture_of(config, "intermediate_size", renormalize=True),
         names={"router": "block_sparse_moe.router.layer"},
     ),
     "glm4_moe": Family(
         {"partial_rotary_factor": 0.5} | EPS,
-        biases=biases_by(attention_bias=("wqkv",)),
+        biases={"attention_bias": QKV},
         partial_rotary=True,
         model=lambda config: {"qk_norm": "head" if config.flag("use_qk_norm") else ""},
         mixture=glm_mixture,
@@ -260,37 +202,6 @@ def find_family(config: dict) -> tuple[Keys, Family]:
 # The whole
 
 
-def windowed_layers(config: Keys, family: Family, layers: int) -> list[bool]:
-    """Which layers have the window of the file."""
-    flag = "use_sliding_window"
-    unused = flag in family.defaults and not config.flag(flag)
-    if family.windowed is None or unused or not config.has("sliding_window"):
-        return [False] * layers
-    if not config.has("layer_types"):
-        return [family.windowed(config, layer) for layer in range(layers)]
-    what = f"layers with {' or '.join(LAYER_TYPES)}"
-    types = config.entries("layer_types", layers, what, LAYER_TYPES.__contains__)
-    return [name == "sliding_attention" for name in types]
-
-
-def layer_kinds(config: Keys, family: Family, context: int) -> dict:
-    """`kinds` and `layers` of ModelArgs."""
-    sizes, count = head_sizes(config), config.count("num_hidden_layers", MAX_LAYERS)
-    windowed = windowed_layers(config, family, count)
-    window = config.count("sliding_window") if any(windowed) else 0
-    unrotated = [family.unrotated(config, layer, w) for layer, w in enumerate(windowed)]
-    layers, kinds = [*zip(windowed, unrotated, strict=True)], {}
-    for near, still in dict.fromkeys(layers):
-        rope = rope_section(config, near, family.local_rope)
-        options = rotations(config, rope, sizes[2], family.partial_rotary)
-        options |= {"rope": (0.0,) * (sizes[2] // 2)} if still else {}
-        options |= {"window": window if near and window < context else 0} | family.kind(config)
-        kinds[near, still] = LayerKind(*sizes, **options)
-    different = [*dict.fromkeys(kinds.values())]
-    places = {key: different.index(kind) for key, kind in kinds.items()}
-    return {"kinds": tuple(different), "layers": tuple(places[key] for key in layers)}
-
-
 def from_config(config: dict) -> ModelArgs:
     """Read a published `config.json`; `UserError` on what is wrong with it or not supported."""
     keys, family = find_family(config)
@@ -306,7 +217,7 @@ def from_config(config: dict) -> ModelArgs:
         norms=family.norms,
         act=ACTIVATIONS[keys.choice(act, (*ACTIVATIONS,), "silu")],
         tied=keys.flag("tie_word_embeddings"),
-        biases=family.biases(keys),
+        biases=sum((of for flag, of in family.biases.items() if keys.flag(flag)), ()),
         mixture=family.mixture and Mixture(**family.mixture(keys)),
         **layer_kinds(keys, family, context),
         **{"qk_norm": family.qk_norm} | family.model(keys),

@@ -1,12 +1,14 @@
-"""What the attention of a layer is, as a published `config.json` says it: heads and rotations.
+"""What the layers of a model are, as a published `config.json` says it: heads, windows, rotations.
 
-A scaling takes the plain frequencies, one for each pair of dimensions, and returns its own and a
-factor for cos and sin. A pair that does not turn has the frequency 0: partial rotary embeddings and
-layers without any need no code of their own.
+`Family` is what a `model_type` implies; families.py has the table. A scaling takes the plain
+frequencies, one for each pair of dimensions, and returns its own and a factor for cos and sin. A
+pair that does not turn has the frequency 0: partial rotary embeddings and layers without any need
+no code of their own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -14,11 +16,46 @@ import torch
 from torch import Tensor
 
 from keys import MAX_SIZE, Keys, is_number
+from model import LayerKind
 
 # What a file may ask for. The largest published numbers are 126 layers (Llama 3.1 405B), 128 heads
 # and 512 dimensions a head; what is made of a configuration before the weights are seen takes time
 # and memory in proportion to the layers and the head_dim.
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_EXPERTS = 2**10, 2**12, 2**12, 2**12
+
+QKV, FFN = ("wqkv",), ("w1", "w2", "w3")  # Linears
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# ------------------------------------------------------------------------------------------------
+# What a family is
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a `model_type` implies; the defaults are Llama's."""
+
+    defaults: dict = dataclasses.field(default_factory=dict)  # what its files may leave out
+    norms: str = "pre"
+    qk_norm: str = ""
+    biases: dict[str, tuple[str, ...]] = dataclasses.field(  # the Linears that flags give one
+        default_factory=lambda: {"attention_bias": (*QKV, "wo"), "mlp_bias": FFN}
+    )
+    # Which layers have the window, and which of them no rotations; `layer_types` goes first.
+    windowed: Callable[[Keys, int], bool] | None = None
+    unrotated: Callable[[Keys, int, bool], bool] = lambda config, layer, windowed: False
+    local_rope: bool = False  # layers with a window take no part in the scaling of the others
+    partial_rotary: bool = False
+    model: Callable[[Keys], dict] = lambda config: {}  # more fields of ModelArgs
+    kind: Callable[[Keys], dict] = lambda config: {}  # and of LayerKind
+    mixture: Callable[[Keys], dict] | None = None  # the fields of its Mixture
+    # How its tensors are published; names by the keys of convert_hf_checkpoint.HF_NAMES.
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    interleaved: bool = False  # q and k lie in Meta's rotary order already
+    norm_offset: float = 0.0  # what is to be added to the weights of norms
+
+
+# ------------------------------------------------------------------------------------------------
+# The heads
 
 
 def head_sizes(config: Keys) -> tuple[int, int, int]:
@@ -160,6 +197,58 @@ def rotations(config: Keys, rope: Keys, head_dim: int, partial: bool) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
+# The layers
+
+
+def all_but_every(layers: int) -> Callable[[Keys, int], bool]:
+    """Windows in all layers but every n-th, which sees the whole context."""
+    return lambda config, i: (i + 1) % config.count("sliding_window_pattern", default=layers) > 0
+
+
+def qwen_window(config: Keys, layer: int) -> bool:
+    """Windows in the last layers."""
+    return layer >= config.count("max_window_layers", default=28, least=0)
+
+
+def without_rope(config: Keys, layer: int, _windowed: bool = False) -> bool:
+    """SmolLM3: its list has a 0 for each layer without rotations; without one, it is every n-th."""
+    if config.has("no_rope_layers"):
+        return not config.entries("no_rope_layers", layer + 1, "0 and 1", (0, 1).__contains__)[-1]
+    return (layer + 1) % config.count("no_rope_layer_interval", default=4) == 0
+
+
+def windowed_layers(config: Keys, family: Family, layers: int) -> list[bool]:
+    """Which layers have the window of the file."""
+    flag = "use_sliding_window"
+    unused = flag in family.defaults and not config.flag(flag)
+    if family.windowed is None or unused or not config.has("sliding_window"):
+        return [False] * layers
+    if not config.has("layer_types"):
+        return [family.windowed(config, layer) for layer in range(layers)]
+    what = f"layers with {' or '.join(LAYER_TYPES)}"
+    types = config.entries("layer_types", layers, what, LAYER_TYPES.__contains__)
+    return [name == "sliding_attention" for name in types]
+
+
+def layer_kinds(config: Keys, family: Family, context: int) -> dict:
+    """`kinds` and `layers` of ModelArgs."""
+    sizes, count = head_sizes(config), config.count("num_hidden_layers", MAX_LAYERS)
+    windowed = windowed_layers(config, family, count)
+    window = config.count("sliding_window") if any(windowed) else 0
+    unrotated = [family.unrotated(config, layer, w) for layer, w in enumerate(windowed)]
+    layers, kinds = [*zip(windowed, unrotated, strict=True)], {}
+    for near, still in dict.fromkeys(layers):
+        rope = rope_section(config, near, family.local_rope)
+        options = rotations(config, rope, sizes[2], family.partial_rotary)
+        options |= {"rope": (0.0,) * (sizes[2] // 2)} if still else {}
+        options |= {"window": window if near and window < context else 0} | family.kind(config)
+        kinds[near, still] = LayerKind(*sizes, **options)
+    different = [*dict.fromkeys(kinds.values())]
+    places = {key: different.index(kind) for key, kind in kinds.items()}
+    return {"kinds": tuple(different), "layers": tuple(places[key] for key in layers)}
+
+
+# ------------------------------------------------------------------------------------------------
 # Mixtures of experts
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -183,3 +272,28 @@ def dense_layers(config: Keys) -> tuple[int, ...]:
         raise config.refusal("mlp_only_layers", "not a list of layers")
     step = config.count("decoder_sparse_step", default=1)
     return tuple(i for i in layers if i in dense or (i + 1) % step)
+
+
+def qwen_mixture(config: Keys) -> dict:
+    renormalize = config.flag("norm_topk_prob")
+    return mixture_of(config, renormalize=renormalize, dense_layers=dense_layers(config))
+
+
+def shared_qwen_mixture(config: Keys) -> dict:
+    shared = config.count("shared_expert_intermediate_size")
+    return qwen_mixture(config) | {"shared": shared, "shared_gate": True}
+
+
+def glm_mixture(config: Keys) -> dict:
+    for key in ("n_group", "topk_group"):
+        config.choice(key, (1,), 1)
+    width = config.count("moe_intermediate_size")
+    return mixture_of(
+        config,
+        shared=width * config.count("n_shared_experts", default=1),
+        score="sigmoid",
+        renormalize=config.flag("norm_topk_prob", True),
+        factor=config.number("routed_scaling_factor", 1.0),
+        biased=True,
+        dense_layers=tuple(range(config.count("first_k_dense_replace", MAX_LAYERS, 1, 0))),
+    )

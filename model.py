@@ -181,6 +181,7 @@ def query_scales(kind: LayerKind, length: int, device: torch.device) -> Tensor |
     if not growth:
         return None
     steps = (torch.arange(length, device=device) / period).floor()
+    # PyTorch has a log1p of its own; log() would be MKL's, as in `rotations`.
     return (1 + growth * torch.log1p(steps))[:, None, None]
 
 

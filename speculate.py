@@ -55,10 +55,14 @@ def step_cost(model: Transformer) -> int:
     PyTorch's own operations for quantized weights on CPUs are not: they count as unquantized.
     """
     cost, size = model.bytes_per_step(0), model.norm.weight.element_size()
-    for module in model.modules() if model.device.type == "cpu" else ():
-        if isinstance(module, Linear) and module.tiles is None:
-            stored = sum(tensor.nbytes for tensor in module.parameters())
-            cost += max(0, module.in_features * module.out_features * size - stored)
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    for linear in linears if model.device.type == "cpu" else ():
+        if linear.tiles is None:
+            matrices = linear.experts or 1
+            stored = sum(tensor.nbytes for tensor in linear.parameters()) // matrices
+            floats = linear.in_features * linear.out_features * size
+            chosen = model.args.mixture.chosen if linear.experts else 1
+            cost += chosen * max(0, floats - stored)
     return cost
 
 

@@ -80,8 +80,9 @@ STORY = "Once upon a time, there was a"  # what speculation continues
 def loaders(cases: list[Case], args: Namespace, length: int) -> dict[str, Callable]:
     """What loads each candidate, by name."""
     table: dict[str, Callable] = {}
+    packed = not (args.compile or args.compile_prefill)
     for case in cases:
-        table[case.scheme] = lambda c=case: Ours(make(c, args.device, length), args)
+        table[case.scheme] = lambda c=case: Ours(make(c, args.device, length, packed), args)
     host = torch.device("cpu")
     for case in cases:
         if "llama.cpp" in args.peers and (kind := GGUF_TYPES.get(case.scheme)):
@@ -191,13 +192,14 @@ def start(text: str) -> None:
     case, device = Case(**words["case"]), find_device(words["device"])
     torch.set_num_threads(words["threads"])
     began = time.perf_counter()
-    model = make(case, device, words["length"])
+    compiles = words["compile"] or words["compile_prefill"]
+    model = make(case, device, words["length"], packed=not compiles)
     model.pack_weights()
     synchronize(device)
     load_s = time.perf_counter() - began
     began = time.perf_counter()
     engine = Engine(model, words["compile"], words["compile_prefill"])
-    if words["compile"] or words["compile_prefill"]:
+    if compiles:
         engine.warm_up(1)
     next(greedy(engine, [1] * min(8, words["prompt"]), 1))
     first_s = time.perf_counter() - began

@@ -23,9 +23,9 @@ from families import preset, read_config
 from linear import Linear
 from model import LayerKind, ModelArgs, Transformer
 from quantize import check_groups, quantize
-from scripts.convert_gguf import GGUF_NAMES
 from scripts.convert_hf_checkpoint import HF_NAMES, parts
-from scripts.random_weights import empty_model, fill, linears, noise
+from scripts.gguf_config import GGUF_NAMES
+from scripts.random_weights import empty_model, fill, linears, noise, pack
 
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 GREEDY = Sampling(temperature=0)
@@ -79,12 +79,16 @@ def quantized(source: Transformer, model: Transformer, case: Case) -> Transforme
     return model.requires_grad_(False)
 
 
-def make(case: Case, device: torch.device, length: int) -> Transformer:
-    """The model, with a cache of `length` positions full of random keys and values."""
+def make(case: Case, device: torch.device, length: int, packed: bool = False) -> Transformer:
+    """The model, with a cache of `length` positions full of random keys and values.
+
+    Random weights may be `packed`: kept for the kernels alone, which compiled code does not use.
+    """
     if not case.made:
         model = load_model(Path(case.checkpoint), device)
     elif case.random:
         model = fill(skeleton(case), device, symmetric=True)
+        model = pack(model) if packed else model
     else:
         source = load_model(Path(case.checkpoint), device)
         model = quantized(source, skeleton(case), case)

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
+from gguf.gguf_reader import ReaderTensor
 from tokenizers import (
     AddedToken,
     Regex,
@@ -37,10 +37,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, named_path, replacing, run
-from engine import PADDED
 from families import from_config
-from keys import AGAIN, Keys
-from kinds import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
+from keys import AGAIN
 from scripts.convert_hf_checkpoint import (
     Target,
     add_target_flags,
@@ -49,28 +47,16 @@ from scripts.convert_hf_checkpoint import (
     target_of,
     write_state,
 )
+from scripts.gguf_config import (
+    ARCHITECTURES,
+    GGUF_NAMES,
+    Metadata,
+    build_config,
+    pieces,
+    shape_of,
+    text_shapes,
+)
 from tokenizer import open_data
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral models call themselves llama
-
-# What llama.cpp calls each tensor, by the keys of convert_hf_checkpoint.HF_NAMES.
-GGUF_NAMES = {
-    "tok_embeddings": "token_embd",
-    "norm": "output_norm",
-    "output": "output",
-    "layer": "blk.{}.",
-    "wq": "attn_q",
-    "wk": "attn_k",
-    "wv": "attn_v",
-    "wo": "attn_output",
-    "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm",
-    "w1": "ffn_gate",
-    "w2": "ffn_down",
-    "w3": "ffn_up",
-    "attention_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-}
 
 # What GGUF calls the keys of a config.json that an error of families.py may name.
 PUBLISHED = {
@@ -82,52 +68,6 @@ PUBLISHED = {
 
 # ------------------------------------------------------------------------------------------------
 # The file
-
-
-class Metadata(Keys):
-    """The key-value pairs of a GGUF file; a missing or wrong one is a `UserError`."""
-
-    def __init__(self, path: Path, reader: GGUFReader):
-        values = {name: field.contents() for name, field in reader.fields.items()}
-        super().__init__(values, str(path))
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.get(key, default)
-        if type(value) is not str:
-            raise self.refusal(key, "not a text")
-        return value
-
-    def items(self, key: str, kind: type, length: int | None = None) -> list:
-        """A list of values of one type, of this length."""
-        value = self.get(key)
-        if type(value) is not list or not all(type(item) is kind for item in value):
-            raise self.refusal(key, f"not a list of {kind.__name__}")
-        if length not in (None, len(value)):
-            raise self.refusal(key, f"which has {len(value)} items, not {length}")
-        return value
-
-    @functools.cached_property
-    def tokens(self) -> list[str]:
-        tokens = self.items("tokenizer.ggml.tokens", str)
-        if len(set(tokens)) < len(tokens) or not tokens:
-            what = "which has a token twice" if tokens else "an empty list"
-            raise self.refusal("tokenizer.ggml.tokens", what)
-        return tokens
-
-    @functools.cached_property
-    def token_types(self) -> list[int]:
-        types = self.items("tokenizer.ggml.token_type", int, len(self.tokens))
-        if not {*types} <= {*range(BYTE + 1)}:
-            raise self.refusal("tokenizer.ggml.token_type", f"not a list of 0 to {BYTE}")
-        return types
-
-    def token_id(self, role: str) -> int | None:
-        """The id of the token with a role such as eos, if the file names one."""
-        key = f"tokenizer.ggml.{role}_token_id"
-        value = self.values.get(key)
-        if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
-            raise self.refusal(key, f"not the id of one of {len(self.tokens)} tokens")
-        return value
 
 
 def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
@@ -155,123 +95,45 @@ def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
     return reader, meta
 
 
-def read_tensors(path: Path, reader: GGUFReader, dtype: torch.dtype) -> Iterator:
-    """Yield `(file, name, tensor)` of all weights, dequantized a few rows at a time."""
+def read_tensors(
+    path: Path, reader: GGUFReader, dtype: torch.dtype, arch: str, wanted: Container[str]
+) -> Iterator[tuple[Path, str, Tensor]]:
+    """Yield `(file, name, tensor)` of the `wanted` weights, dequantized a few rows at a time."""
     for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            continue
-        # Mapped anew, so that what has been read no longer counts as memory.
-        where = {"offset": tensor.data_offset, "shape": tensor.data.shape}
-        rows = np.memmap(path, tensor.data.dtype, "r", **where)  # [out, bytes of a row]
-        result = torch.empty(tensor.shape.tolist()[::-1], dtype=dtype)  # [out, in]
-        step = max(1, 2**18 // result[0].numel())
-        for start in range(0, len(rows), step):
-            try:
-                floats = dequantize(rows[start : start + step], tensor.tensor_type)
-            except NotImplementedError:
-                kind = tensor.tensor_type.name
-                raise UserError(f"{path}: {tensor.name} is {kind}, which is not known") from None
-            result[start : start + step] = torch.from_numpy(np.array(floats, np.float32))
-        yield path, tensor.name, result
+        for name, place in pieces(arch, tensor).items():
+            if name in wanted:
+                yield path, name, read_piece(path, tensor, place, dtype)
 
 
-# ------------------------------------------------------------------------------------------------
-# The configuration
-
-
-def shortest(value: float) -> float:
-    """The float with the fewest digits that is this float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def llama3_scaling(factors: Tensor, rope_theta: float, pairs: int) -> dict:
-    """The `rope_scaling` of Llama 3.1 that the divisors `[pairs]` in a GGUF file were made by."""
-    factor = factors.max().item()
-    exponents = torch.arange(len(factors)) / len(factors)
-    turns = 8192 / (2 * torch.pi * rope_theta**exponents)  # in the context of the first training
-    keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
-    plain = factors.shape == (pairs,) and factors.is_floating_point()
-    if not plain or not torch.allclose(factors, 1 / (keep + (1 - keep) / factor), rtol=1e-3):
-        raise UserError("its rope_freqs.weight is not the scaling of Llama 3; use another model")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-
-
-def rope_scaling(meta: Metadata, reader: GGUFReader, rope_theta: float, pairs: int) -> dict | None:
-    """How the rotary angles are stretched, as a published config.json says it."""
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight" and tensor.data.max() != 1:
-            return llama3_scaling(torch.from_numpy(np.array(tensor.data)), rope_theta, pairs)
-    rope = f"{meta.text('general.architecture')}.rope"
-    factor = meta.number(f"{rope}.scaling.factor", meta.number(f"{rope}.scale_linear", 1.0))
-    kind = meta.text(f"{rope}.scaling.type", "linear")
-    if kind == "none" or factor == 1:
-        return None
-    if kind != "linear":  # a GGUF file says less of the others than a published configuration
-        key = f"{rope}.scaling.type"
-        raise meta.refusal(key, "which is not supported (known: linear)", "use another model")
-    return {"rope_type": kind, "factor": factor}
-
-
-def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict:
-    """The published `config.json` of the model; `UserError` on what it could not express."""
-    arch = meta.text("general.architecture")
-    shapes = {tensor.name: tensor.shape.tolist()[::-1] for tensor in reader.tensors}
-    if len(shapes.get("token_embd.weight", ())) != 2:
-        raise UserError(f"{meta.where} has no matrix token_embd.weight; {AGAIN}")
-    rows, known = shapes["token_embd.weight"][0], len(meta.tokens)
-    if not PADDED * rows <= known <= rows:
-        what = f"{known} tokens for an embedding of {rows}"
-        raise meta.refusal("tokenizer.ggml.tokens", what)
-    dim = meta.count(f"{arch}.embedding_length")
-    heads = meta.count(f"{arch}.attention.head_count", MAX_HEADS)
-    kv_heads = meta.count(f"{arch}.attention.head_count_kv", MAX_HEADS, heads)
-    head_dim = meta.count(f"{arch}.attention.key_length", MAX_HEAD_DIM, max(1, dim // heads))
-    for key, known in (
-        ("expert_count", 0),
-        ("attention.value_length", head_dim),
-        ("rope.dimension_count", head_dim),
-    ):
-        value = meta.get(f"{arch}.{key}", known)
-        if value != known:
-            raise meta.refusal(
-                f"{arch}.{key}", f"and only {known} is supported", "use another model"
-            )
-    rope_theta = shortest(meta.number(f"{arch}.rope.freq_base", 10000.0))
-    return {
-        "model_type": arch,
-        "hidden_size": dim,
-        "num_hidden_layers": meta.count(f"{arch}.block_count", MAX_LAYERS),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "intermediate_size": meta.count(f"{arch}.feed_forward_length"),
-        "vocab_size": rows,
-        "max_position_embeddings": meta.count(f"{arch}.context_length"),
-        "rms_norm_eps": shortest(meta.number(f"{arch}.attention.layer_norm_rms_epsilon")),
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling(meta, reader, rope_theta, head_dim // 2),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "blk.0.attn_q.bias" in shapes,
-        "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
-        "bos_token_id": meta.token_id("bos"),
-        "eos_token_id": meta.token_id("eos"),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
+def read_piece(path: Path, tensor: ReaderTensor, place: int | slice, dtype: torch.dtype) -> Tensor:
+    """Some rows or an expert of a tensor, as floats."""
+    # Mapped anew, so that what has been read no longer counts as memory.
+    where = {"offset": tensor.data_offset, "shape": tensor.data.shape}
+    rows = np.memmap(path, tensor.data.dtype, "r", **where)[place]  # [out, bytes of a row]
+    result = torch.empty(shape_of(tensor, place), dtype=dtype)  # [out, in]
+    if result.ndim == 2:
+        rows = rows.reshape(len(result), -1)
+    step = max(1, 2**18 // result[0].numel())
+    for start in range(0, len(rows), step):
+        try:
+            floats = dequantize(rows[start : start + step], tensor.tensor_type)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise UserError(f"{path}: {tensor.name} is {kind}, which is not known") from None
+        result[start : start + step] = torch.from_numpy(np.array(floats, np.float32))
+    return result
 
 
 # ------------------------------------------------------------------------------------------------
 # The tokenizer
 
 # The numbers of GGUF's token types are those of SentencePiece.
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
+GPT2_PRE = ("default", "gpt-2", "olmo")
+DIGITS_PRE = ("smollm", "refact", "starcoder")  # the same, and each digit by itself
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
+LONG_NUMBERS_PRE = (*LLAMA3_PRE, "dbrx", "smaug-bpe", "chatglm-bpe", "glm4")
 QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
 
 # The two patterns differ in how many digits make a word: up to three, or one.
@@ -284,12 +146,12 @@ WORDS = (
 def pre_tokenizer(pre: str, meta: Metadata) -> pre_tokenizers.PreTokenizer:
     """How text is cut into words before the merges, by the name llama.cpp has for it."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre in ("default", "gpt-2"):
+    if pre in GPT2_PRE:
         return gpt2
-    if pre == "smollm":
+    if pre in DIGITS_PRE:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    if pre in LLAMA3_PRE or pre in QWEN2_PRE:
-        words = Regex(WORDS % ("{1,3}" if pre in LLAMA3_PRE else ""))
+    if pre in LONG_NUMBERS_PRE + QWEN2_PRE:
+        words = Regex(WORDS % ("{1,3}" if pre in LONG_NUMBERS_PRE else ""))
         split = pre_tokenizers.Split(words, behavior="isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([split, to_bytes])
@@ -450,20 +312,20 @@ def convert(
         args = from_config(config)
     except UserError as error:
         text = str(error).removeprefix("config.json: ")
-        for key, name in PUBLISHED.items():
-            text = text.replace(key, f"{config['model_type']}.{name}")
+        for key, published in PUBLISHED.items():
+            text = text.replace(key, f"{meta.text('general.architecture')}.{published}")
         raise UserError(f"{gguf_path}: {text}") from None
-    # llama.cpp has interleaved the heads of a llama already, and left those of a qwen as they were.
-    table = parts(args, GGUF_NAMES, interleave=config["model_type"] != "llama")
-    shapes = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors}
-    shapes.pop("rope_freqs.weight", None)
+    name = meta.text("general.architecture")
+    table = parts(args, GGUF_NAMES | ARCHITECTURES[name].names, not ARCHITECTURES[name].interleaved)
+    shapes = text_shapes(name, reader, args.n_layer)
     check_tensors(gguf_path, shapes, table)
     files = {"config.json": config} | tokenizer_files(meta)
+    tensors = read_tensors(gguf_path, reader, dtype, name, table)
     output = folder / target.file_name
     with contextlib.ExitStack() as stack:
         # The weights get their name last: where they are, everything else is.
         model, *others = [stack.enter_context(replacing(folder / n)) for n in (output.name, *files)]
-        write_state(model, args, table, read_tensors(gguf_path, reader, dtype), target)
+        write_state(model, args, table, tensors, target)
         for temporary, content in zip(others, files.values(), strict=True):
             if isinstance(content, dict):
                 content = (json.dumps(content, indent=2) + "\n").encode()

@@ -252,8 +252,9 @@ def check_experts(device: torch.device, scheme: str, dtype: torch.dtype) -> dict
         stored = random_linear(shape, kind, groupsize, device, dtype, options.experts)
         setattr(mixture, name, stored)
     exact = copy.deepcopy(mixture).double()
-    mixture.pack_weights()
-    if not mixture.has_kernels(False):
+    for linear in (mixture.w1, mixture.w3, mixture.w2):
+        linear.pack_weights()
+    if not mixture.has_operator(False):
         return not_taken(device)
     x, shares = normal(ROWS[-1], dim), normal(ROWS[-1], options.chosen).float().abs()
     chosen = normal(ROWS[-1], options.experts).topk(options.chosen).indices

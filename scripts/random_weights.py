@@ -71,6 +71,24 @@ def fill(model: Transformer, device: torch.device, symmetric: bool = False) -> T
     return model
 
 
+def pack(model: Transformer) -> Transformer:
+    """Pack weights that are in no file, one by one, without keeping two copies of them.
+
+    The stored ones are freed where kernels have their own; their sizes stay known.
+    """
+    tied = model.output.weight is model.tok_embeddings.weight
+    for linear in linears(model).values():
+        linear.pack_weights()
+        if linear.tiles is None or (tied and linear is model.output):
+            continue
+        packed = [tensor for tensor in (linear.tiles, linear.grid) if tensor is not None]
+        used = [tensor.untyped_storage().data_ptr() for tensor in packed]
+        for name, tensor in linear.named_parameters(recurse=False):
+            if name != "bias" and tensor.untyped_storage().data_ptr() not in used:
+                tensor.untyped_storage().resize_(0)
+    return model
+
+
 def randomize(whole: nn.Module, symmetric: bool = False) -> None:
     """Draw all weights of a module on its device; matmuls keep the size of x.
 

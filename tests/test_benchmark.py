@@ -16,6 +16,7 @@ import torch
 
 import cli
 import families
+import kernels
 from conftest import CONFIG, ROOT, write_checkpoint
 from engine import Engine, load_model
 from families import from_config, preset
@@ -30,6 +31,8 @@ CPU = torch.device("cpu")
 TINY = CONFIG | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 TINY |= {"max_position_embeddings": 128}
 SHAPES = {"tiny": TINY, "tied": TINY | {"tie_word_embeddings": True}}
+MIXTURE = TINY | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}
+MIXTURE |= {"moe_intermediate_size": 64}
 SHAPE = CONFIG | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 SCHEMES = ["bf16", "int8", "int8-activation", "int4"]
 BUS = 1e9  # what the probe is said to find
@@ -38,9 +41,11 @@ SHORT = ["--prompt", "20", "--gen", "4", "--runs", "2", "--no-cold"]
 
 @pytest.fixture(autouse=True)
 def presets(monkeypatch, tmp_path_factory):
-    """Shapes `tiny` and `tied` beside those that there are."""
+    """Shapes `tiny`, `tied` and `mixture` beside those that there are."""
     file = tmp_path_factory.mktemp("presets") / "presets.json"
-    file.write_text(json.dumps(json.loads(families.PRESETS.read_text()) | SHAPES))
+    file.write_text(
+        json.dumps(json.loads(families.PRESETS.read_text()) | SHAPES | {"mixture": MIXTURE})
+    )
     monkeypatch.setattr(families, "PRESETS", file)
 
 
@@ -118,6 +123,61 @@ def test_bytes_per_token_are_those_of_the_model(scheme, shape):
     empty = candidates.skeleton(case(scheme, shape))
     empty.setup_caches(1, 128)
     assert benchmark.byte_row(scheme, empty, depth=70, gen=4) == row
+
+
+def test_a_mixture_is_measured_and_its_chosen_experts_are_counted(run):
+    code, out, err, found = run("--model", "mixture", "--schemes", "bf16,int4", *SHORT)
+    assert code == 0, err
+    expert, tokens = 3 * 64 * 64, found["decode"][0]["bytes_per_token"]
+    dense = preset("mixture").n_layer * expert * 6  # what a token does not choose of 8
+    whole = sum(t.nbytes for t in candidates.skeleton(case("bf16", "mixture")).parameters())
+    embedding, cache = 2 * 300 * 64, 2 * 2 * 2 * 2 * 16 * 20
+    assert tokens == whole - embedding - 2 * dense + cache
+    assert [row["scheme"] for row in found["decode"]] == ["bf16", "int4"]
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tied", "mixture"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_random_weights_kept_for_the_kernels_alone_are_the_same_model(scheme, shape):
+    texts, sizes = [], []
+    for packed in (False, True):
+        model = make(case(scheme, shape), CPU, 128, packed)
+        model.setup_caches(1, 128)
+        texts.append([token.id for (token,) in candidates.greedy(Engine(model), [1, 2, 3], 12)])
+        storages = {t.untyped_storage() for t in model.layers[0].parameters() if t.ndim > 1}
+        sizes.append(sum(storage.nbytes() for storage in storages))
+        empty = candidates.skeleton(case(scheme, shape))
+        empty.setup_caches(1, 128)
+        assert model.bytes_per_step(0) == empty.bytes_per_step(0)
+    assert texts[0] == texts[1]
+    if kernels.supported():
+        assert sizes[1] < sizes[0] / 5  # the router stays, and scales that kernels share
+
+
+LARGE = MIXTURE | {"hidden_size": 512, "num_experts": 64, "moe_intermediate_size": 512}
+PEAK = """
+import sys
+sys.path[:0] = [".", "tests"]
+import torch, families
+from families import from_config
+from scripts import candidates
+from scripts.machine import peak_bytes
+from test_benchmark import LARGE, CPU, case
+candidates.preset = lambda name: from_config(LARGE)
+before = peak_bytes(CPU)
+model = candidates.make(case("int4"), CPU, 64, packed=True)
+print(peak_bytes(CPU) - before, sum(t.nbytes for t in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the peak of /proc")
+def test_a_mixture_in_int4_is_made_without_a_copy_in_floats():
+    options = dict(cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PEAK], **options)
+    assert done.returncode == 0, done.stderr
+    peak, stored = map(int, done.stdout.split())
+    assert stored > 50e6 and peak < 2.2 * stored + 60e6  # with floats it is 4.5 times
 
 
 def test_the_tables_can_go_to_a_file(run, tmp_path):
@@ -438,7 +498,8 @@ def test_the_gguf_file_holds_the_same_weights(scheme, shape, tmp_path):
     reader, meta = convert_gguf.open_gguf(tmp_path / "m.gguf")
     config = convert_gguf.build_config(meta, reader, torch.bfloat16) | {"model_type": "llama"}
     assert from_config(config) == preset("tiny")  # the output matrix is a tensor of its own
-    found = convert_gguf.read_tensors(tmp_path / "m.gguf", reader, torch.float32)
+    names = {tensor.name for tensor in reader.tensors}
+    found = convert_gguf.read_tensors(tmp_path / "m.gguf", reader, torch.float32, "llama", names)
     found = {name: tensor for _, name, tensor in found}
     attention = model.layers[1].attention
     wqkv = attention.wqkv.dequantize().float()

@@ -615,11 +615,20 @@ UNKNOWN_KIND = {"blk.0.attn_x.weight": (np.ones((2, 2), np.int8), None)}
 GGUF_MISTAKES = {
     "architecture": (dict(arch="gemma2"), "gemma2"),
     "split": (dict(extra={"split.count": 2}), "merge"),
-    "mixture of experts": (dict(extra={"llama.expert_count": 8}), "expert_count is 8"),
-    "partial rotation": (dict(extra={"llama.rope.dimension_count": 8}), "dimension_count is 8"),
-    "yarn": (
+    "mixture of experts": (
+        dict(arch="qwen2", extra={"qwen2.expert_count": 8}),
+        "num_experts is 8, of a 'qwen2' model with a mixture of experts",
+    ),
+    "gating of experts": (dict(extra={"llama.expert_gating_func": 2}), "gating_func is 2"),
+    "partial rotation": (dict(extra={"llama.rope.dimension_count": 8}), "rotary_factor is 0.5"),
+    "cap on scores": (dict(extra={"llama.attn_logit_softcapping": 50.0}), "softcapping is 50.0"),
+    "longrope without factors": (
+        dict(extra={"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}),
+        "scaling.type is 'longrope'",
+    ),
+    "yarn from nowhere": (
         dict(extra={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}),
-        "yarn",
+        "lacks llama.rope.scaling.original_context_length",
     ),
     "other divisors": (
         dict(tensors={"rope_freqs.weight": (np.array([1, 5, 2, 3, 1, 1, 1, 8], np.float32), None)}),

@@ -345,6 +345,8 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path):
         ("stories260k", 0.26),
         ("gemma-3-4b", 3880.1),
         ("phi-4-mini", 3836.0),
+        ("olmoe-1b-7b", 6919.2),
+        ("qwen3-30b-a3b", 30532.1),
     ],
 )
 def test_presets_have_the_published_size(name, parameters):
@@ -356,7 +358,7 @@ def test_presets_have_the_published_size(name, parameters):
 
 
 def test_every_preset_can_be_read():
-    assert len(preset_names()) == 28
+    assert len(preset_names()) == 30
     contexts = {name: preset(name).block_size for name in preset_names()}
     assert contexts["mistral-7b-v0.1"] == contexts["mistral-7b"] == 32768
     assert contexts["llama-3.1-8b"] == 131072 and contexts["stories260k"] == 512

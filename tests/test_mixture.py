@@ -23,6 +23,7 @@ from profiler_scripts.layer_accuracy_analysis import make_variants
 from profiler_scripts.layer_identification import list_linears
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
+from speculate import step_cost
 
 SCHEMES = ("bf16", "int8", "int8-activation", "int4")
 OPTIONS = Mixture(experts=8, chosen=3, width=64, shared=0, renormalize=True)
@@ -129,6 +130,17 @@ def test_a_step_reads_the_chosen_experts_alone():
     whole.setup_caches(1, 64)
     expert = 3 * 64 * 64 * 4  # bytes
     assert whole.bytes_per_step(0) - model.bytes_per_step(0) == 2 * 4 * expert
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-activation", "int4"])
+def test_experts_that_no_kernel_multiplies_cost_speculation_what_floats_do(scheme):
+    exact, stored = random_model(CONFIG), random_model(CONFIG)
+    for module in stored.layers:
+        store(module, scheme)
+    for model in (exact, stored):
+        model.setup_caches(1, 64)
+    assert stored.bytes_per_step(0) < 0.8 * exact.bytes_per_step(0)
+    assert step_cost(stored) == pytest.approx(step_cost(exact), rel=1e-6)
 
 
 def test_without_its_file_a_mixture_says_so_and_a_dense_model_runs(monkeypatch):

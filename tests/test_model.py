@@ -185,17 +185,20 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         load_model(path, "cpu")
 
 
-def test_rotations_are_exact_whatever_kernels_mkl_picks():
+def test_tables_of_positions_are_exact_whatever_kernels_mkl_picks():
     # 9 is what threads may see on CPUs with AVX-512 while the first call of MKL's vector math is
     # still working out the CPU's type. It leads to kernels that are off by 1e-4.
     code = """
-import torch
+import dataclasses, torch
 from conftest import CONFIG, random_model
-model = random_model(CONFIG)
-model.setup_caches(1, 512)
-angles = torch.outer(torch.arange(513.0), torch.tensor(model.args.kinds[0].rope)).double()
+from model import query_scales, rotations
+(kind,) = random_model(CONFIG).args.kinds
+angles = torch.outer(torch.arange(513.0), torch.tensor(kind.rope)).double()
 exact = torch.stack((angles.cos(), angles.sin()), -1)
-assert (model.layers[0].attention.freqs_cis - exact).abs().max() < 1e-6
+assert (rotations(kind, 513) - exact).abs().max() < 1e-6
+scales = query_scales(dataclasses.replace(kind, query_scale=(0.5, 8)), 513, torch.device("cpu"))
+exact = 1 + 0.5 * (torch.arange(513) // 8 + 1).double().log()
+assert (scales.flatten() - exact).abs().max() < 1e-6
 """
     variables = os.environ | {"MKL_VML_DEBUG_CPU_TYPE": "9"}
     options = {"cwd": ROOT / "tests", "env": variables, "capture_output": True, "text": True}
