@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import tasks
-from cli import Parser, UserError, number, read_text
+from cli import Parser, UserError, number
+from files import read_text
 from tokenizer import Tokenizer
 
 

@@ -30,20 +30,11 @@ import compare
 import tasks
 import tp
 from checkpoint import default_checkpoint, find_device
-from cli import (
-    PRECISIONS,
-    Parser,
-    UserError,
-    add_model_flags,
-    check_outputs,
-    number,
-    output_file,
-    read_text,
-    replacing,
-    run,
-)
+from cli import PRECISIONS, Parser, UserError, add_model_flags, number
 from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, allocate_cache, generate, load
+from files import check_outputs, output_file, read_text, replacing
 from model import Transformer
+from process import run
 from tokenizer import StreamDecoder, Tokenizer
 
 try:

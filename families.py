@@ -11,7 +11,8 @@ import math
 import os
 from pathlib import Path
 
-from cli import UserError, read_json
+from cli import UserError
+from files import read_json
 from keys import Keys
 from kinds import (
     EXPERTS,

@@ -29,21 +29,18 @@ from cli import (
     Parser,
     UserError,
     add_model_flags,
-    check_outputs,
     json_object,
     named_path,
     number,
     optional,
-    output_file,
     refuse,
     replaced,
-    replacing,
-    run,
-    world_size,
 )
 from engine import FEW_ROWS, Engine, allocate_cache, generate, load, synchronize
+from files import check_outputs, output_file, replacing
 from linear import kernels_for
 from model import Transformer
+from process import run, world_size
 from prompts import check_prompt, initial_messages, read_context, tokenize, user_message
 from settings import Settings, add_text_flags, check_settings
 from shaping import (

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from cli import LONGEST, UserError, parse_object
+from cli import UserError, parse_object
+from files import LONGEST
 from prompts import PROMPTS, check_prompt, read_context, requested_prompt
 from reuse import CachedRows
 from settings import Settings, check_settings

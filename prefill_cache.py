@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cli import UserError, replacing
+from cli import UserError
+from files import replacing
 from model import Transformer
 
 FORMAT = "tokenbus prefill cache 2"

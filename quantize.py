@@ -23,20 +23,12 @@ from tqdm import tqdm
 import gptq
 from calibration import add_calibration_flags, read_sequences
 from checkpoint import StateFile, check_finite, default_checkpoint, find_device
-from cli import (
-    Parser,
-    UserError,
-    add_checkpoint_flags,
-    check_outputs,
-    number,
-    read_text,
-    replaced,
-    replacing,
-    run,
-)
+from cli import Parser, UserError, add_checkpoint_flags, number, replaced
 from engine import load_model
+from files import check_outputs, read_text, replacing
 from linear import Linear, linear_for, pack_int4
 from model import Transformer
+from process import run
 from rounding import find_grid, quantize_int4, quantize_int8
 
 GROUP_SIZES = (32, 64, 128, 256)

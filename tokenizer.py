@@ -17,8 +17,10 @@ import re
 from pathlib import Path
 
 from chat_template import BUILT_IN, Renderer
-from cli import UserError, muted, read_bytes, read_json
+from cli import UserError
+from files import read_bytes, read_json
 from keys import Keys
+from process import muted
 
 MARK = "\ufdd0"  # Unicode sets this code point aside for use inside programs: no text has it
 

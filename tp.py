@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import find_device
-from cli import UserError, number, variable, world_size
+from cli import UserError, number
 from linear import Int8ActivationLinear, Linear
 from model import AllHeadsNorm, FeedForward, ModelArgs, Transformer
+from process import variable, world_size
 
 ops = torch.ops._c10d_functional  # unlike dist.all_reduce, torch.compile sees through them
 

@@ -41,20 +41,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import quantize
 from checkpoint import find_device
-from cli import (
-    Parser,
-    UserError,
-    check_outputs,
-    number,
-    output_file,
-    read_json,
-    replaced,
-    replacing,
-    run,
-)
+from cli import Parser, UserError, number, replaced
 from engine import load, load_model
+from files import check_outputs, output_file, read_json, replacing
 from linear import Linear, linear_for
 from model import Transformer
+from process import run
 from profiler_scripts.losses import Losses, TaskLosses, TextLosses, read_parts
 from profiler_scripts.profiler_analysis import (
     ROLES,

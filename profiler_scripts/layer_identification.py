@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import nn
 
-from cli import Parser, UserError, read_text, run
+from cli import Parser, UserError
 from engine import load_model
+from files import read_text
 from linear import Linear
 from model import Transformer
+from process import run
 from profiler_scripts.profiler_analysis import table
 from ranges import scheme_of
 

@@ -18,8 +18,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tasks
-from cli import UserError, read_text
+from cli import UserError
 from eval import Evaluator, lm_eval
+from files import read_text
 from model import Transformer, TransformerBlock
 from tokenizer import Tokenizer
 

@@ -34,18 +34,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import (
-    PRECISIONS,
-    Parser,
-    UserError,
-    check_outputs,
-    number,
-    output_file,
-    replacing,
-    run,
-    temporary_folder,
-)
+from cli import PRECISIONS, Parser, UserError, number
 from engine import Engine, Sampling, generate, load_model
+from files import check_outputs, output_file, replacing, temporary_folder
+from process import run
 from ranges import MARK, traced
 from scripts.machine import read_bandwidth
 

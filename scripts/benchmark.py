@@ -32,23 +32,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import default_checkpoint, find_device
-from cli import (
-    Parser,
-    UserError,
-    add_checkpoint_flags,
-    check_outputs,
-    number,
-    output_file,
-    refuse,
-    replaced,
-    replacing,
-    run,
-    temporary_folder,
-)
+from cli import Parser, UserError, add_checkpoint_flags, number, refuse, replaced
 from engine import Engine, generate, load_model, synchronize
 from families import preset_names
+from files import check_outputs, output_file, replacing, temporary_folder
 from linear import Linear
 from model import LayerKind, ModelArgs, Transformer
+from process import run
 from quantize import GROUP_SIZES
 from scripts.candidates import (
     GGUF_TYPES,

@@ -17,9 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import UserError, temporary_folder
+from cli import UserError
 from engine import Engine, Sampling, Token, generate, load_model
 from families import preset, read_config
+from files import temporary_folder
 from linear import Linear
 from model import LayerKind, ModelArgs, Transformer
 from quantize import check_groups, quantize

@@ -36,9 +36,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, UserError, named_path, replacing, run
+from cli import Parser, UserError, named_path
 from families import from_config
+from files import replacing
 from keys import AGAIN
+from process import run
 from scripts.convert_hf_checkpoint import (
     Target,
     add_target_flags,

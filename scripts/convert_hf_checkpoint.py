@@ -33,11 +33,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import StateFile, check_finite, is_plain
-from cli import Parser, UserError, named_path, read_json, replacing, run
+from cli import Parser, UserError, named_path
 from families import find_family, from_config
+from files import read_json, replacing
 from keys import AGAIN, Keys
 from kinds import MAX_EXPERTS, MAX_LAYERS
 from model import LayerKind, ModelArgs, Transformer
+from process import run
 from quantize import (
     GROUP_SIZES,
     check_groups,

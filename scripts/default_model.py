@@ -18,7 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import DEFAULT_CHECKPOINT
-from cli import Parser, UserError, run, temporary_folder
+from cli import Parser, UserError
+from files import temporary_folder
+from process import run
 from scripts import convert_gguf
 
 FOLDER = DEFAULT_CHECKPOINT.parent

@@ -39,8 +39,10 @@ except ValueError as error:  # it reads its variables when it is imported
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, UserError, read_json, run
+from cli import Parser, UserError
 from families import FAMILIES, WRAPPERS
+from files import read_json
+from process import run
 
 SMALL_FILES = {
     "config.json",

@@ -34,19 +34,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import (
-    Parser,
-    UserError,
-    check_outputs,
-    number,
-    output_file,
-    replaced,
-    replacing,
-    run,
-    temporary_folder,
-)
+from cli import Parser, UserError, number, replaced
 from engine import synchronize
+from files import check_outputs, output_file, replacing, temporary_folder
 from linear import kernels_for
+from process import run
 from scripts import gpu_correctness as correctness
 from scripts import gpu_speed as speed
 from scripts.gpu_models import MODES, SHAPES, has_kernels

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import temporary_folder
 from engine import Engine, generate, synchronize
+from files import temporary_folder
 from model import KVCache, ModelArgs
 from scripts.gpu_models import (
     GREEDY,

@@ -19,20 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import default_checkpoint, find_device
-from cli import (
-    Parser,
-    UserError,
-    add_model_flags,
-    check_outputs,
-    number,
-    output_file,
-    read_text,
-    replacing,
-    run,
-    temporary_folder,
-)
+from cli import Parser, UserError, add_model_flags, number
 from engine import Engine, Sampling, generate, load, synchronize
+from files import check_outputs, output_file, read_text, replacing, temporary_folder
 from prefill_cache import PrefillCache
+from process import run
 from tokenizer import Tokenizer
 
 KINDS = ("without", "from memory", "from disk")

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
 import families
 import kernels
+import process
 from conftest import CONFIG, ROOT, write_checkpoint
 from engine import Engine, load_model
 from families import from_config, preset
@@ -59,7 +59,7 @@ def run(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [*map(str, argv)])
         code = 0
         try:
-            cli.run(benchmark.main, benchmark.make_parser())
+            process.run(benchmark.main, benchmark.make_parser())
         except SystemExit as exit:
             code = exit.code
         file = tmp_path / "found.json"

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
 import cli
+import process
 import quantize
 from cli import UserError
 from conftest import ROOT
@@ -45,7 +46,7 @@ def quantized_afterwards(path: Path, mode: str, monkeypatch) -> Path:
     """What quantize.py makes of a model.pth."""
     flags = ["--checkpoint_path", path, "--mode", mode, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, flags)])
-    cli.run(quantize.main, quantize.make_parser())
+    process.run(quantize.main, quantize.make_parser())
     return path.with_name(MODES[mode])
 
 

@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 import cli
 import eval as evaluation
+import process
 from commands import run_script
 from conftest import CONFIG, ROOT, SPECIALS, random_model, write_checkpoint
 from engine import load
@@ -410,7 +411,7 @@ def mistake(flags: list[str], monkeypatch, capsys) -> str:
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
     monkeypatch.setattr(sys.stdin, "reconfigure", lambda **_: None, raising=False)
     with pytest.raises(SystemExit) as exit:
-        cli.run(evaluation.main, evaluation.make_parser())
+        process.run(evaluation.main, evaluation.make_parser())
     assert exit.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
 import engine as engine_module
+import files
 import generate as cli_generate
+import process
 from cli import UserError
 from commands import python
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
@@ -416,7 +417,7 @@ def command(monkeypatch, capsys, *flags, stdin="") -> tuple[int, str, str]:
     monkeypatch.delenv("DEVICE", raising=False)
     code = 0
     try:
-        cli.run(cli_generate.main, cli_generate.make_parser())
+        process.run(cli_generate.main, cli_generate.make_parser())
     except SystemExit as exit:
         code = exit.code
     out, err = capsys.readouterr()
@@ -633,7 +634,7 @@ def make_device(path: Path, minor: int) -> Path:
 def test_a_library_that_renames_what_it_writes_reaches_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
-    with cli.replacing(tmp_path / "pipe") as temporary:
+    with files.replacing(tmp_path / "pipe") as temporary:
         other = temporary.with_name(temporary.name + ".tmp")
         other.write_text("whole")
         other.replace(temporary)
@@ -645,7 +646,7 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("old")
     for name in ("pipe", "file"):  # nobody reads the pipe: to open it would hang
-        with pytest.raises(ZeroDivisionError), cli.replacing(tmp_path / name) as temporary:
+        with pytest.raises(ZeroDivisionError), files.replacing(tmp_path / name) as temporary:
             temporary.write_text("half")
             raise ZeroDivisionError
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "file").read_text() == "old"

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cli
 import cudagraph
 import engine
 import linear
 import mixture
 import model
 import operators  # noqa: F401  their schemas
+import process
 from conftest import ROOT
 from scripts import gpu_check, gpu_correctness, gpu_models, gpu_speed
 from scripts.gpu_check import STAGES, TABLES, Stage
@@ -64,7 +64,7 @@ def check(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [*argv, *map(str, flags)])
         code = 0
         try:
-            cli.run(gpu_check.main, gpu_check.make_parser())
+            process.run(gpu_check.main, gpu_check.make_parser())
         except SystemExit as exit:
             code = exit.code
         rows = json.loads(file.read_text())["rows"] if file.exists() else None

@@ -13,8 +13,8 @@ from queue import SimpleQueue
 import pytest
 import torch
 
-import cli
 import generate
+import process
 from commands import python
 from conftest import CONFIG, ROOT, random_model, write_checkpoint
 from engine import Engine
@@ -43,7 +43,7 @@ def ask(monkeypatch, capsys, checkpoint, tmp_path):
         monkeypatch.setattr(sys, "argv", [*map(str, argv)])
         with (tmp_path / "requests").open() as stdin, contextlib.suppress(SystemExit):
             monkeypatch.setattr(sys, "stdin", stdin)
-            cli.run(generate.main, generate.make_parser())
+            process.run(generate.main, generate.make_parser())
         out, ask.err = capsys.readouterr()
         return [json.loads(line) for line in out.splitlines()]
 

@@ -8,9 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import cli
 import gptq
 import model as model_module
+import process
 import quantize as cli_quantize
 from cli import UserError
 from conftest import CONFIG, random_model, write_checkpoint, write_tokenizer
@@ -174,7 +174,7 @@ def test_a_quantized_checkpoint_runs_and_is_that_of_its_rounded_weights(
     if mode == "hybrid":
         flags += ["--critical_layers", "layers.0.feed_forward.w?", "*.attention.wo"]
     monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, flags)])
-    cli.run(cli_quantize.main, cli_quantize.make_parser())
+    process.run(cli_quantize.main, cli_quantize.make_parser())
     (output,) = tmp_path.glob("model_*.pth")
     model = load_model(output, "cpu", torch.float32)
     exact = load_model(path, "cpu", torch.float32)

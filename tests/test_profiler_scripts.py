@@ -11,9 +11,9 @@ import lm_eval.tasks
 import pytest
 import torch
 
-import cli
 import engine
 import generate
+import process
 import quantize
 from cli import UserError
 from conftest import CONFIG, ROOT, write_checkpoint
@@ -44,7 +44,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
         code = 0
         try:
-            cli.run(script.main, script.make_parser())
+            process.run(script.main, script.make_parser())
         except SystemExit as exit:
             code = exit.code
         return code, *capsys.readouterr()

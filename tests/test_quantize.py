@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-import cli
+import process
 import quantize as cli_quantize
 from cli import UserError
 from conftest import CONFIG, random_model, write_checkpoint
@@ -39,7 +39,7 @@ def run(monkeypatch, capsys, path):
         monkeypatch.setattr(sys, "argv", [*map(str, argv)])
         code = 0
         try:
-            cli.run(cli_quantize.main, cli_quantize.make_parser())
+            process.run(cli_quantize.main, cli_quantize.make_parser())
         except SystemExit as exit:
             code = exit.code
         return code, *capsys.readouterr()

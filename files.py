@@ -1,0 +1,198 @@
+"""Files: read whatever may be in their place, and written whole or not at all.
+
+A file is written under a temporary name beside it and renamed. A device or a pipe gets the bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from cli import UserError, parse_object
+
+LONGEST = 2**28  # characters of a text: more than a day of evaluation
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file of a checkpoint folder; `UserError` if it cannot be read."""
+    try:
+        if os.path.exists(path) and not path.is_file():  # a pipe would wait, a device never end
+            raise UserError(f"{path} is not a regular file; fetch the file again")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); fetch the file again") from None
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; `UserError` if the file holds none or cannot be read."""
+    try:
+        return parse_object(read_bytes(path).decode())
+    except ValueError as error:
+        raise UserError(f"cannot read {path} as JSON ({error}); fetch the file again") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, a pipe or a device; UserError if it is none, or has no end."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(LONGEST)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise UserError(f"cannot read {path} ({error}); pass a UTF-8 text file") from None
+    if len(text) == LONGEST:
+        raise UserError(f"{path} has {LONGEST} characters or more; pass a shorter text")
+    return text
+
+
+def check_outputs(outputs: list[Path | None], inputs: list[Path | None]) -> None:
+    """Raise a UserError if a file cannot be written, is read, too, or is to hold two things."""
+    files = [Path(os.path.realpath(path)) for path in outputs if path and not is_stream(path)]
+    read = [os.path.realpath(path) for path in inputs if path]
+    for path in files:
+        if str(path) in read or files.count(path) > 1:
+            raise UserError(f"{path} is named for two things; name another file to write")
+        if not is_writable(path):
+            raise UserError(f"{path} cannot be written; name a file in a folder of yours")
+
+
+def own_output(path: Path) -> int | None:
+    """The descriptor of standard output or error if `path` names it, such as /dev/stdout."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def is_stream(path: Path) -> bool:
+    """Whether to write into `path` as it is: a device, a pipe, or this program's own output."""
+    special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    return special or own_output(path) is not None
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: a path that can be written, known before hours of work are spent."""
+    # A device is not resolved: /dev/stdout leads to a name that cannot be opened.
+    path = Path(text) if is_stream(Path(text)) else Path(os.path.realpath(text))
+    if not is_writable(path):
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.300} cannot be written; name a file in a folder of yours"
+        )
+    return path
+
+
+def is_writable(path: Path) -> bool:
+    """Whether a file can be made or replaced at `path`, or a device there be written."""
+    if is_stream(path):
+        return os.access(path, os.W_OK)
+    try:  # os.path, as pathlib raises on a loop of links and on a folder that is not to be read
+        os.lstat(temporary_name(path))
+    except FileNotFoundError:
+        pass
+    except OSError:  # a name too long, a file where a folder should be
+        return False
+    path = Path(os.path.realpath(path))
+    folder = next(folder for folder in path.parents if os.path.lexists(folder))
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) and not os.path.isdir(path)
+
+
+def temporary_name(path: Path) -> Path:
+    """What a file is called while it is being made."""
+    return path.with_name(f".{os.getpid()}-{path.name}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; what the block writes there ends up at `path` if it succeeds.
+
+    A regular file is replaced atomically, by a rename. A device or a pipe gets the bytes copied, as
+    the block may itself rename what it writes.
+    """
+    try:
+        with (sending if is_stream(path) else renaming)(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}); is there room and permission?") from None
+
+
+def remove_dead(folder: Path, pattern: str) -> None:
+    """Remove temporary files and folders whose makers were killed: the living hold a lock."""
+    with contextlib.suppress(OSError):
+        paths = [folder / name for name in os.listdir(folder) if re.fullmatch(pattern, name)]
+        for path in paths:
+            with contextlib.suppress(OSError), locked(path, fcntl.LOCK_NB):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, option: int = 0) -> Iterator[None]:
+    """Hold a lock on a file or folder, which ends with the process however that does."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | option)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str = "tokenbus-") -> Iterator[Path]:
+    """Yield a temporary folder; those that killed processes left are removed first."""
+    try:
+        place = Path(tempfile.gettempdir())
+        remove_dead(place, rf"{prefix}\w{{8}}")
+        made = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        reason = error.strerror or "there is none that can be written"
+        what = f"cannot make a temporary folder ({reason})"
+        raise UserError(f"{what}; set TMPDIR to a folder with room") from None
+    with made as name, locked(Path(name)):
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def renaming(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`, renamed to it afterwards; a link is followed."""
+    path = Path(os.path.realpath(path))
+    if os.path.isdir(path):  # before anything is written
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    temporary = temporary_name(path)
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead(path.parent, rf"\.\d+-{re.escape(path.name)}")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+        os.utime(temporary, (0, 0))
+        with locked(temporary):
+            yield temporary
+        if os.stat(temporary).st_mtime == 0:  # PyTorch's profiler fails without a word
+            raise OSError("nothing was written")
+        os.replace(temporary, path)
+    finally:
+        for file in (temporary, f"{temporary}.tmp"):  # the second is the profiler's
+            with contextlib.suppress(OSError):
+                os.unlink(file)
+        with contextlib.suppress(OSError):
+            for folder in missing:  # those still empty
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def sending(path: Path) -> Iterator[Path]:
+    """Yield a name in a folder of its own, whose bytes are written into `path` afterwards."""
+    with temporary_folder() as folder:
+        temporary = folder / path.name
+        yield temporary
+        sys.stdout.flush()
+        own = own_output(path)  # continue after the text, even in a regular file
+        target = path if own is None else os.dup(own)
+        with temporary.open("rb") as source, open(target, "wb") as sink:
+            shutil.copyfileobj(source, sink)
