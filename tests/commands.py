@@ -52,7 +52,8 @@ def run_served(argv: list[str], cwd: Path, env: dict, timeout=60) -> subprocess.
         server.settimeout(timeout)
         server.connect(python()[-1])
         socket.send_fds(server, [b"\n"], [null.fileno(), out.fileno(), err.fileno()])
-        request = {"closed": [], "argv": argv, "cwd": str(cwd), "env": env}
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        request = {"closed": [], "argv": argv, "cwd": str(cwd), "env": env, "file_size": limit}
         server.sendall(json.dumps(request).encode() + b"\n")
         _, status = server.makefile()  # the child's process id, and how it ended
         texts = [file.seek(0) or file.read().decode(errors="replace") for file in (out, err)]
