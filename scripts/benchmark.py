@@ -37,7 +37,7 @@ from engine import Engine, generate, load_model, synchronize
 from families import preset_names
 from files import check_outputs, output_file, replacing, temporary_folder
 from linear import Linear
-from model import LayerKind, ModelArgs, Transformer
+from model import Transformer
 from process import run
 from quantize import GROUP_SIZES
 from scripts.candidates import (
@@ -47,6 +47,7 @@ from scripts.candidates import (
     HuggingFace,
     LlamaCpp,
     Ours,
+    gguf_architecture,
     greedy,
     make,
     skeleton,
@@ -415,25 +416,19 @@ def find_cases(args: Namespace) -> list[Case]:
     return cases
 
 
-def plain_shape(shape: ModelArgs) -> ModelArgs:
-    """A llama of the same sizes, without anything that a peer would not be told."""
-    kind = shape.kinds[0]
-    heads = LayerKind(kind.n_head, kind.n_local_heads, kind.head_dim, rope=kind.rope)
-    sizes = (shape.dim, shape.n_layer, shape.vocab_size, shape.block_size, shape.intermediate_size)
-    kinds = dict(kinds=(heads,), layers=(0,) * shape.n_layer)
-    return ModelArgs(*sizes, **kinds, norm_eps=shape.norm_eps, tied=shape.tied)
-
-
 def check_peers(cases: list[Case], args: Namespace) -> None:
     """Raise a `UserError` if a peer is not installed or cannot run the model."""
     for peer in args.peers:
         module, package = PEERS[peer]
         if importlib.util.find_spec(module) is None:
             raise UserError(f"--peers {peer} needs a package; install it by: pip install {package}")
-    shape = cases[0].args
-    special = shape != plain_shape(shape)
-    if args.peers and (special or cases[0].scheme == "as stored"):
-        raise UserError("peers run Llama shapes that are not quantized; leave --peers out")
+    known = {"llama.cpp": gguf_architecture(cases[0].args)}
+    known["transformers"] = known["llama.cpp"] == "llama"
+    if not all(map(known.get, args.peers)) or (args.peers and cases[0].scheme == "as stored"):
+        raise UserError(
+            "peers run Llama shapes that are not quantized, and llama.cpp mixtures of OLMoE and "
+            "Qwen3; leave --peers out"
+        )
     odd = {linear.in_features % 32 for linear in linears(skeleton(cases[0])).values()} - {0}
     if "llama.cpp" in args.peers and odd and {case.scheme for case in cases} & {"int8", "int4"}:
         raise UserError("llama.cpp's blocks of 32 do not divide this shape; use --schemes bf16")

@@ -171,13 +171,33 @@ def rope_base(kind: LayerKind) -> float:
     return float(f"{kind.rope[1] ** (-kind.head_dim / 2):.5g}")  # float32 leaves no more
 
 
+def plain_shape(shape: ModelArgs) -> ModelArgs:
+    """A llama of the same sizes, without anything that a peer would not be told."""
+    kind = shape.kinds[0]
+    heads = LayerKind(kind.n_head, kind.n_local_heads, kind.head_dim, rope=kind.rope)
+    sizes = (shape.dim, shape.n_layer, shape.vocab_size, shape.block_size, shape.intermediate_size)
+    kinds = dict(kinds=(heads,), layers=(0,) * shape.n_layer)
+    return ModelArgs(*sizes, **kinds, norm_eps=shape.norm_eps, tied=shape.tied)
+
+
+def gguf_architecture(shape: ModelArgs) -> str | None:
+    """What llama.cpp calls models of this shape, if it is a llama or a plain mixture."""
+    plain, mixture = plain_shape(shape), shape.mixture
+    if shape == plain:
+        return "llama"
+    experts = dataclasses.replace(plain, mixture=mixture, qk_norm=shape.qk_norm)
+    if shape != experts or not mixture or mixture.shared or mixture.dense_layers:
+        return None
+    return {"flat": "olmoe", "head": "qwen3moe"}.get(shape.qk_norm)
+
+
 def write_gguf(path: Path, model: Transformer, kind: str) -> int:
     """Write the weights of a model for llama.cpp, in its type `kind`; the bytes a token reads."""
     import gguf
     import numpy as np
 
     shape, (layer,), types = model.args, model.args.kinds, gguf.GGMLQuantizationType
-    writer = gguf.GGUFWriter(path, "llama")
+    writer, mixture = gguf.GGUFWriter(path, gguf_architecture(shape)), shape.mixture
     writer.add_context_length(shape.block_size)
     writer.add_embedding_length(shape.dim)
     writer.add_block_count(shape.n_layer)
@@ -191,18 +211,27 @@ def write_gguf(path: Path, model: Transformer, kind: str) -> int:
     writer.add_rope_freq_base(rope_base(layer))
     writer.add_vocab_size(shape.vocab_size)
     writer.add_tokenizer_model("no_vocab")
+    if mixture:
+        writer.add_expert_count(mixture.experts)
+        writer.add_expert_used_count(mixture.chosen)
+        writer.add_expert_feed_forward_length(mixture.width)
     total = 0
-    # q and k rows are in Meta's interleaved order here and in llama.cpp alike.
+    # q and k rows stay in the order in which they are: Meta's, as a llama's are in llama.cpp.
     for name, part in parts(dataclasses.replace(shape, tied=False), GGUF_NAMES, False).items():
+        if part.expert:  # the first one's name stands for the matrix of all
+            continue
+        name = name if part.expert is None else name.replace(".0.weight", ".weight")
         module = model.get_submodule(part.name.rpartition(".")[0])
         weight = module.dequantize() if isinstance(module, Linear) else module.weight
-        floats = weight[part.start : part.start + part.shape[0]].float().cpu().numpy()
-        stored = types[kind] if floats.ndim > 1 else types.F32
+        rows = slice(part.start, part.start + part.shape[0]) if part.expert is None else slice(None)
+        floats = weight[rows].float().cpu().numpy()
+        stored = types[kind] if floats.ndim > 1 and "ffn_gate_inp" not in name else types.F32
         if name == "token_embd.weight":
             stored = types.BF16
         data = gguf.quantize(np.ascontiguousarray(floats), stored)
         writer.add_tensor(name, data, raw_dtype=stored)
-        total += data.nbytes if name != "token_embd.weight" else 0
+        read = data.nbytes if part.expert is None else data.nbytes * mixture.chosen // len(data)
+        total += read if name != "token_embd.weight" else 0
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -496,6 +496,7 @@ def test_the_gguf_file_holds_the_same_weights(scheme, shape, tmp_path):
     model = make(case(scheme, shape), CPU, 1)
     read = candidates.write_gguf(tmp_path / "m.gguf", model, candidates.GGUF_TYPES[scheme])
     reader, meta = convert_gguf.open_gguf(tmp_path / "m.gguf")
+    meta.values["tokenizer.ggml.tokens"] = [*map(str, range(300))]  # a file for speed has none
     config = convert_gguf.build_config(meta, reader, torch.bfloat16) | {"model_type": "llama"}
     assert from_config(config) == preset("tiny")  # the output matrix is a tensor of its own
     names = {tensor.name for tensor in reader.tensors}
@@ -516,6 +517,31 @@ def test_the_gguf_file_holds_the_same_weights(scheme, shape, tmp_path):
         assert error < {"bf16": 1e-12, "int8": 1e-4, "int4": 2e-3}[scheme], name
     stored = {tensor.name: tensor.data.nbytes for tensor in reader.tensors}
     assert read == sum(stored.values()) - stored["token_embd.weight"]
+
+
+def test_the_gguf_file_of_a_mixture_holds_the_experts_of_a_matrix_as_one(tmp_path):
+    model = make(case("bf16", "mixture"), CPU, 1)
+    read = candidates.write_gguf(tmp_path / "m.gguf", model, "BF16")
+    reader, meta = convert_gguf.open_gguf(tmp_path / "m.gguf")
+    assert meta.text("general.architecture") == "qwen3moe"
+    stored = {tensor.name: tensor.data.nbytes for tensor in reader.tensors}
+    experts = sum(size for name, size in stored.items() if "_exps" in name)
+    assert experts == 3 * 8 * 64 * 64 * 2 * len(model.layers)
+    assert read == sum(stored.values()) - stored["token_embd.weight"] - experts * 6 // 8
+    wanted = ["blk.1.ffn_down_exps.3.weight", "blk.0.ffn_gate_exps.7.weight"]
+    options = (reader, torch.bfloat16, "qwen3moe", wanted)
+    found = {name: x for _, name, x in convert_gguf.read_tensors(tmp_path / "m.gguf", *options)}
+    first, second = (layer.feed_forward for layer in model.layers[:2])
+    assert found[wanted[0]].equal(second.w2.weight[3])
+    assert found[wanted[1]].equal(first.w1.weight[7])
+
+
+def test_llama_cpp_runs_the_same_mixture():
+    pytest.importorskip("llama_cpp")
+    for scheme, kind in candidates.GGUF_TYPES.items():
+        peer = candidates.LlamaCpp(make(case(scheme, "mixture"), CPU, 1), kind, CPU, 64)
+        assert len(set(tokens_of(peer))) > 1 and peer.weight_bytes > 0
+        peer.close()
 
 
 def test_llama_cpp_runs_the_same_model(run):
