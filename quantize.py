@@ -318,7 +318,10 @@ def check_flags(args: Namespace) -> bool:
     """Whether there is a text to calibrate on; UserError if a flag has nothing to go with."""
     calibrated, int4 = args.calibration_file or args.calibration_tasks, "int4, plain or in a hybrid"
     quantizes = not args.mode.startswith("int8")
-    needed = {"gptq": (args.mode in ("hybrid", "int4-gptq"), "--mode hybrid")}
+    if by_gptq(args) and args.mode in ("hybrid", "int4-gptq") and not calibrated:
+        raise UserError("GPTQ needs inputs: pass --calibration_file or --calibration_tasks")
+    hybrid = "--mode hybrid (int4 by GPTQ is --mode int4-gptq)"
+    needed = {"gptq": (args.mode in ("hybrid", "int4-gptq"), hybrid)}
     needed |= dict.fromkeys(OF_GPTQ, (by_gptq(args), "GPTQ, --mode int4-gptq or --gptq"))
     needed |= dict.fromkeys(("calibration_file", "calibration_tasks"), (quantizes, int4))
     needed |= dict.fromkeys(OF_SEQUENCES, (calibrated, "--calibration_file or --calibration_tasks"))
@@ -329,8 +332,6 @@ def check_flags(args: Namespace) -> bool:
     for name, (there, what) in needed.items():
         if getattr(args, name) != parser.get_default(name) and not there:
             raise UserError(f"--{name} goes with {what}; leave it out")
-    if by_gptq(args) and not calibrated:
-        raise UserError("GPTQ needs inputs: pass --calibration_file or --calibration_tasks")
     return bool(calibrated)
 
 

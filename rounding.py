@@ -52,7 +52,8 @@ def find_grid(groups: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
         sum_cx = wc.mul_(x).sum(1, keepdim=True)
         slope = (sum_cx - sum_c * sum_x / total) / (sum_cc - sum_c * sum_c / total)
         scale = torch.where((slope > 0) & slope.isfinite(), slope, scale).bfloat16().float()
-        zero = (center + (sum_x - scale * sum_c) / total).bfloat16().float()
+        zero = center + (sum_x - scale * sum_c) / total
+        zero = torch.where(zero.abs() < 1e-5 * scale, 0.0, zero).bfloat16().float()  # of float32
         z = zero - center
         error = sum_xx - 2 * scale * sum_cx - 2 * z * sum_x
         error = error + scale * scale * sum_cc + 2 * scale * z * sum_c + z * z * total

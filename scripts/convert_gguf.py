@@ -52,6 +52,7 @@ from scripts.convert_hf_checkpoint import (
 from scripts.gguf_config import (
     ARCHITECTURES,
     GGUF_NAMES,
+    NUMBERS,
     Metadata,
     build_config,
     pieces,
@@ -61,7 +62,7 @@ from scripts.gguf_config import (
 from tokenizer import open_data
 
 # What GGUF calls the keys of a config.json that an error of families.py may name.
-PUBLISHED = {
+PUBLISHED = {name: key for key, name in NUMBERS.items()} | {
     "num_key_value_heads": "attention.head_count_kv",
     "num_attention_heads": "attention.head_count",
     "head_dim": "attention.key_length",
@@ -309,17 +310,16 @@ def convert(
     """Make a checkpoint in `folder` of the model in `gguf_path`; return the path of its weights."""
     target = Target(dtype, mode, groupsize)
     reader, meta = open_gguf(gguf_path)
-    config = build_config(meta, reader, dtype)
+    config, name = build_config(meta, reader, dtype), meta.text("general.architecture")
     try:
         args = from_config(config)
     except UserError as error:
-        text = str(error).removeprefix("config.json: ")
-        for key, published in PUBLISHED.items():
-            text = text.replace(key, f"{meta.text('general.architecture')}.{published}")
-        raise UserError(f"{gguf_path}: {text}") from None
-    name = meta.text("general.architecture")
+        words = re.split(r"(\w+)", str(error).removeprefix("config.json"))
+        text = "".join(f"{name}.{PUBLISHED[w]}" if w in PUBLISHED else w for w in words)
+        raise UserError(f"{gguf_path}{text}") from None
     table = parts(args, GGUF_NAMES | ARCHITECTURES[name].names, not ARCHITECTURES[name].interleaved)
-    shapes = text_shapes(name, reader, args.n_layer)
+    blocks = meta.count(f"{name}.block_count")
+    shapes = text_shapes(name, reader, range(args.n_layer, blocks))
     check_tensors(gguf_path, shapes, table)
     files = {"config.json": config} | tokenizer_files(meta)
     tensors = read_tensors(gguf_path, reader, dtype, name, table)

@@ -210,12 +210,12 @@ def shape_of(tensor: ReaderTensor, place: int | slice = slice(None)) -> tuple[in
     return (*rest,) if isinstance(place, int) else (len(range(first)[place]), *rest)
 
 
-def text_shapes(arch: str, reader: GGUFReader, layers: int) -> dict[str, tuple[int, ...]]:
+def text_shapes(arch: str, reader: GGUFReader, drafts: range) -> dict[str, tuple[int, ...]]:
     """The shapes of the pieces of all tensors, but for rotary factors and layers that draft."""
     shapes = {}
     for tensor in reader.tensors:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)
-        if not tensor.name.startswith("rope_") and (not layer or int(layer[1]) < layers):
+        if not tensor.name.startswith("rope_") and (not layer or int(layer[1]) not in drafts):
             found = pieces(arch, tensor)
             shapes |= {name: shape_of(tensor, place) for name, place in found.items()}
     return shapes

@@ -789,12 +789,12 @@ ROWS = [
     meta("blk.0.ffn", {"llama.feed_forward_length": 64}),
     meta("blk.2", {"llama.block_count": 3}),
     meta("blk.1", {"llama.block_count": 1}),
-    meta("expert_count is 8", {"llama.expert_count": 8}),
+    meta("lacks llama.expert_used_count", {"llama.expert_count": 8}),
     meta("rope.dimension_count is '8'", {"llama.rope.dimension_count": "8"}),
     meta("model; use one of llama", {"general.architecture": "gpt2"}),
     meta("llama-gguf-split", {"split.count": 3}),
     meta(
-        "scaling.type is 'yarn'",
+        "lacks llama.rope.scaling.original_context_length",
         {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0},
     ),
     meta("scaling.factor is '2'", {"llama.rope.scaling.factor": "2"}),
@@ -946,9 +946,9 @@ ROWS = [
         }.items()
         for value in values
     ),
-    flags("overwritten", "--json", "x.json", "--profile", "x.json"),
-    flags("overwritten", "--json", "model.pth"),
-    flags("overwritten", "--profile", "hf/../model.pth"),
+    flags("named for two things", "--json", "x.json", "--profile", "x.json"),
+    flags("named for two things", "--json", "model.pth"),
+    flags("named for two things", "--profile", "hf/../model.pth"),
     flags("--interactive", "--interactive"),
     flags("--jsonl", "--jsonl"),
     flags("--jsonl", "--jsonl", "--interactive", base=GENERATE[:-2]),

@@ -434,10 +434,13 @@ def test_starts_are_timed_in_new_processes_that_share_a_cache(monkeypatch, tmp_p
     monkeypatch.setattr(benchmark.subprocess, "run", recorded)
     args = Namespace(device=CPU, prompt=20, compile="block", compile_prefill=False)
     row = benchmark.start_twice(case("int8", "stories260k"), args, 64)
-    assert row["cold_s"] > row["second_s"] > 0 and row["load_s"] > 0
+    compiled = not kernels.supported()  # they need no compilation
+    assert row["second_s"] > 0 and row["load_s"] > 0
+    assert row["cold_s"] > row["second_s"] or not compiled
     assert 100 < row["peak_memory_mb"] < 5000
     (cold, second) = folders
-    assert cold[0] == second[0] and cold[1] == 0 and 0 < cold[2] <= second[1]
+    assert cold[0] == second[0] and cold[1] == 0
+    assert cold[2] <= second[1] and (cold[2] > 0) == compiled
     assert not [*tmp_path.iterdir()]  # the cache is gone
     assert "| start | load s | cold s | second process s | peak memory MB |" in benchmark.table(
         "start", [row]

@@ -617,7 +617,7 @@ GGUF_MISTAKES = {
     "split": (dict(extra={"split.count": 2}), "merge"),
     "mixture of experts": (
         dict(arch="qwen2", extra={"qwen2.expert_count": 8}),
-        "num_experts is 8, of a 'qwen2' model with a mixture of experts",
+        "expert_count is 8, of a 'qwen2' model with a mixture of experts",
     ),
     "gating of experts": (dict(extra={"llama.expert_gating_func": 2}), "gating_func is 2"),
     "partial rotation": (dict(extra={"llama.rope.dimension_count": 8}), "rotary_factor is 0.5"),

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import build_cpp
 import engine as engine_module
 import files
 import generate as cli_generate
@@ -716,6 +717,7 @@ class Terminal:
         self.keys, terminal = pty.openpty()
         flags = ["--checkpoint_path", path, "--device", "cpu", "--interactive"]
         env = os.environ | {"HOME": str(self.home), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+        env["TORCH_EXTENSIONS_DIR"] = str(build_cpp.cache_folder())  # the kernels are there already
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [*python(), *(command or [ROOT / "generate.py"]), *flags],

@@ -170,6 +170,7 @@ def float_operators(monkeypatch):
     kernels = SimpleNamespace(
         pack=lambda weight, grid=None: (weight, grid) if weight.dtype != torch.float32 else None,
         take_cache=lambda cache: cache.dtype != torch.float32,
+        take_experts=lambda w1, w3, prefill: True,
         fuse=lambda network: None,
     )
     for module in (linear, mixture, model, engine):
@@ -332,6 +333,8 @@ def test_each_mode_chooses_who_runs_a_step(float_operators, monkeypatch):
 def test_another_step_than_asked_for_is_a_failure_where_kernels_are(check, schemes, monkeypatch):
     schemes("bf16")
     monkeypatch.setattr(gpu_models, "has_kernels", lambda device: True)
+    for module in (linear, mixture, model, engine):
+        monkeypatch.setattr(module, "kernels_for", lambda device: None)
     code, out, _, rows = check("--stages", "text", "--modes", "operators,fused")
     assert code == 1 and "text bf16 operators: RuntimeError: torch runs where operators" in out
     assert "text bf16 fused: RuntimeError: torch runs where" in out

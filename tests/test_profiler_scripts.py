@@ -626,7 +626,7 @@ def test_the_scripts_run_from_any_folder(tmp_path):
     """Together, since each alone would import torch again."""
     code = "import runpy, sys\nfor script in sys.argv[1:]: runpy.run_path(script)"
     scripts = [*map(str, (ROOT / "profiler_scripts").glob("*.py"))]
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     done = subprocess.run([sys.executable, "-c", code, *scripts], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
 
