@@ -171,11 +171,11 @@ def test_no_key_of_the_metadata_is_overlooked(family, key, tmp_path):
     [
         ("qwen3_moe", {"expert_gating_func": 2}, "expert_gating_func is 2, and only 1"),
         ("glm4_moe", {"expert_gating_func": 1}, "expert_gating_func is 1, and only 2"),
-        ("glm4_moe", {"expert_group_count": 4}, "expert_group_count is 4, which is not supported"),
+        ("glm4_moe", {"expert_group_count": 4}, "expert_group_count is 4, which is not"),
         (
             "qwen3_moe",
             {"expert_feed_forward_length": None},
-            "lacks qwen3moe.expert_feed_forward_length",
+            "lacks qwen3moe.expert_feed_forward",
         ),
         ("qwen3_moe", {"expert_count": 9}, "lacks blk.0.ffn_down_exps.8.weight"),
         ("qwen3_moe", {"expert_count": 7}, "ffn_gate_inp.weight|also holds blk.0.ffn_down_exps.7"),
