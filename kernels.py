@@ -53,11 +53,6 @@ def take_cache(cache: Tensor) -> bool:
     return fits and cache.shape[3] % 2 == 0 and cache.shape[3] <= 256 and load()
 
 
-def take_experts(w1: nn.Module, w3: nn.Module, prefill: bool) -> bool:
-    """Whether one operator runs experts with these packed weights."""
-    return True
-
-
 def fuse(model: nn.Module) -> Callable | None:
     """One call that runs a whole model with packed weights on its caches; None where it cannot.
 

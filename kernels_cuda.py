@@ -255,11 +255,6 @@ def take_cache(cache: Tensor) -> bool:
     return cache.shape[3] % 2 == 0 and cache.shape[3] <= 512 and served(cache)
 
 
-def take_experts(w1: nn.Module, w3: nn.Module, prefill: bool) -> bool:
-    """Whether one operator runs experts with these packed weights: decoding, w1 and w3 alike."""
-    return not prefill and kind_of(w1) == kind_of(w3)
-
-
 def fusible(model: nn.Module) -> bool:
     """Whether the fused step is this model's: its family, its weights, its caches, and no hooks."""
     modules = [*model.modules()]

@@ -104,22 +104,26 @@ class MixtureOfExperts(nn.Module):
         self.w3 = Linear(dim, options.width, experts=options.experts)
         self.w2 = Linear(options.width, dim, experts=options.experts)
 
-    def has_operator(self, prefill: bool) -> bool:
-        """Whether one operator runs all experts: it takes their weights, and no hook looks on."""
+    def has_operator(self, prefill: bool, gpu: bool) -> bool:
+        """Whether one operator runs all experts: it takes their weights, and no hook looks on.
+
+        A GPU's only decodes, and wants w1 and w3 stored alike.
+        """
         linears = self.w1, self.w3, self.w2
         a8 = {isinstance(linear, Int8ActivationLinear) for linear in linears}
         parts = (*linears, *(linear.peak for linear in linears if hasattr(linear, "peak")))
         hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
         fits = self.act is F.silu and len(a8) == 1 and not hooked
-        if not fits or any(linear.tiles is None for linear in linears):
-            return False
-        return kernels_for(self.w1.weight.device.type).take_experts(self.w1, self.w3, prefill)
+        if gpu:
+            kinds = {(w.weight.dtype, getattr(w.grid, "shape", None)) for w in linears[:2]}
+            fits = fits and not prefill and len(kinds) == 1
+        return fits and all(linear.tiles is not None for linear in linears)
 
     def forward(self, x: Tensor, prefill: bool) -> Tensor:
         rows = x.flatten(0, -2)  # [N, dim]
         chosen, shares = self.router(rows, prefill)
         waits = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.has_operator(prefill):
+        if self.has_operator(prefill, x.is_cuda):
             y = self.by_operator(rows, chosen, shares, prefill)
         elif prefill or waits:
             y = self.by_expert(rows, chosen, shares, prefill)

@@ -254,9 +254,9 @@ def check_experts(device: torch.device, scheme: str, dtype: torch.dtype) -> dict
     exact = copy.deepcopy(mixture).double()
     for linear in (mixture.w1, mixture.w3, mixture.w2):
         linear.pack_weights()
-    if not mixture.has_operator(False):
-        return not_taken(device)
     x, shares = normal(ROWS[-1], dim), normal(ROWS[-1], options.chosen).float().abs()
+    if not mixture.has_operator(False, x.is_cuda):
+        return not_taken(device)
     chosen = normal(ROWS[-1], options.experts).topk(options.chosen).indices
     y = mixture.by_operator(x, chosen, shares, False)
     for rows in ROWS:

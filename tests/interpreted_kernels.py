@@ -205,22 +205,22 @@ def test_experts_are_added_in_the_order_of_their_numbers():
 
 def test_experts_without_an_operator_go_the_plain_way():
     """Another activation, two schemes in one launch, rounded inputs of one alone, or a hook."""
-    assert random_experts("int4", True).has_operator(False)
+    assert random_experts("int4", True).has_operator(False, gpu=True)
     mixture = random_experts("bf16", True)
     handle = mixture.w2.register_forward_hook(lambda *_: None)
-    assert not mixture.has_operator(False)
+    assert not mixture.has_operator(False, gpu=True)
     handle.remove()
-    assert mixture.has_operator(False) and not mixture.has_operator(True)
+    assert mixture.has_operator(False, gpu=True) and not mixture.has_operator(True, gpu=True)
     odd = random_experts("int8-activation", True)
     handle = odd.w2.peak.register_forward_hook(lambda *_: None)
-    assert not odd.has_operator(False)
+    assert not odd.has_operator(False, gpu=True)
     handle.remove()
     mixture.act = F.gelu
-    assert not mixture.has_operator(False)
+    assert not mixture.has_operator(False, gpu=True)
     mixture.act, mixture.w3 = F.silu, random_experts("int8", True).w3
-    assert not mixture.has_operator(False)
+    assert not mixture.has_operator(False, gpu=True)
     mixture.w3, mixture.w2 = mixture.w1, odd.w2
-    assert not mixture.has_operator(False)
+    assert not mixture.has_operator(False, gpu=True)
 
 
 # ---- Attention -----------------------------------------------------------------------------------

@@ -170,7 +170,6 @@ def float_operators(monkeypatch):
     kernels = SimpleNamespace(
         pack=lambda weight, grid=None: (weight, grid) if weight.dtype != torch.float32 else None,
         take_cache=lambda cache: cache.dtype != torch.float32,
-        take_experts=lambda w1, w3, prefill: True,
         fuse=lambda network: None,
     )
     for module in (linear, mixture, model, engine):

@@ -449,6 +449,20 @@ def test_other_families_run_on_the_same_operators(family, monkeypatch):
     assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])
 
 
+def test_a_compiled_block_calls_the_operator_of_a_mixture():
+    config = OTHERS["qwen2_moe"][0] | {"model_type": "qwen2_moe", "tie_word_embeddings": False}
+    model = quantized_model(config, ["int4"])
+    model.setup_caches(1, 64)
+    options = dict(until=lambda *_: False, seeds=[0])
+    texts = []
+    for compiled in ("block", None):
+        engine = Engine(model, compiled)
+        steps = generate(engine, [[5, 6, 7]], Sampling(0), 6, **options)
+        texts.append([token.id for (token,) in steps])
+        assert engine.fused is None and model.layers[0].feed_forward.has_operator(False, False)
+    assert texts[0] == texts[1]
+
+
 ODD = SHAPE | {"hidden_size": 100, "num_attention_heads": 5, "num_key_value_heads": 1}
 ODD |= {"intermediate_size": 172}  # heads of 20, no width a multiple of 16: int4 does not fit
 PATHS = [(who, schemes, SHAPE) for who in (fused, modules) for schemes in ([s] for s in SCHEMES)]
