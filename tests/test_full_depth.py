@@ -13,6 +13,7 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import quantize as cli_quantize
 from conftest import SPECIALS, write_tokenizer
@@ -21,6 +22,7 @@ from eval import Evaluator
 from linear import Linear
 from model import Transformer
 from prefill_cache import PrefillCache
+from ranges import MARK, traced
 from scripts.convert_hf_checkpoint import convert
 from speculate import DraftModel, PromptLookup, Speculator, speculate
 from test_eval import ENDINGS, STORY, agree, requests
@@ -145,3 +147,28 @@ def test_scores_are_those_of_lm_evals_own_adapter(checkpoint):
     hf = HFLM(pretrained=checkpoint.hf, tokenizer=tokenizer, max_length=100, batch_size=1)
     batch = requests("loglikelihood", [(STORY, ending) for ending in ENDINGS])
     agree(ours.loglikelihood(batch), hf.loglikelihood(batch))
+
+
+@pytest.mark.slow
+def test_after_the_warm_up_nothing_is_compiled_whatever_the_length(checkpoint):
+    model = load_model(checkpoint.exact, "cpu", torch.float32)
+    prompts = [PROMPT[:3], PROMPT[:20], PROMPT]
+    expected = [greedy(fresh(model), [prompt]) for prompt in prompts]
+    torch.compiler.reset()
+    model.setup_caches(1, 120)
+    engine = Engine(model, "block")
+    engine.warm_up(1)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert [greedy(engine, [prompt]) for prompt in prompts] == expected
+
+
+def test_a_profile_names_every_matrix_that_a_token_reads(checkpoint):
+    model = load_model(checkpoint.modes["int4"], "cpu", torch.float32)
+    engine = fresh(model)
+    with profile(activities=[ProfilerActivity.CPU]) as found, traced(engine):
+        greedy(engine, [PROMPT[:9]], 4)
+    names = {event.key for event in found.key_averages() if event.key.startswith(MARK)}
+    linears = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    assert linears == {name.split()[3] for name in names if name.split()[1] == "Linear"}
+    kinds = {name.split()[1] for name in names}
+    assert kinds >= {"Prefill", "Decode", "Sampling", "Attention", "Norm", "RoPE"}

@@ -52,6 +52,9 @@ OTHERS = {
     "granite": BASE
     | {"model_type": "granite", "embedding_multiplier": 3.0}
     | {"residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "phi": BASE
+    | {"model_type": "phi3", "partial_rotary_factor": 0.5}
+    | {"original_max_position_embeddings": BASE["max_position_embeddings"]},
     "experts": BASE
     | {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2}
     | {"moe_intermediate_size": 64, "num_hidden_layers": 3, "mlp_only_layers": [1]},
