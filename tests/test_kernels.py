@@ -254,6 +254,10 @@ def test_one_operator_runs_the_experts_as_their_linears_do_one_by_one(scheme, pr
     for rows in ([3], [3, 4, 5], [*range(39, 20, -1)]):  # alone, together, in another order
         assert mixture.by_operator(x[rows], chosen[rows], shares[rows], prefill).equal(y[rows])
         assert mixture.router(x[rows], prefill)[1].equal(shares[rows])
+    twice = chosen[:, :1].expand(-1, 2)  # a router never does, but who else calls it may
+    expected = mixture.by_expert(x, twice, shares, prefill)
+    found = mixture.by_operator(x, twice, shares, prefill)
+    assert (found - expected).norm() < BOUND * expected.norm()
     many = torch.cat([x] * 14)  # more rows than go through the experts at once
     again = mixture.by_operator(many, *(t.repeat(14, 1) for t in (chosen, shares)), prefill)
     assert again.equal(y.repeat(14, 1))
