@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tasks
-from cli import Parser, UserError, number
+from cli import Parser, UserError, named_path, number
 from files import read_text
 from tokenizer import Tokenizer
 
@@ -25,11 +25,13 @@ from tokenizer import Tokenizer
 def add_calibration_flags(parser: Parser) -> None:
     group = parser.add_argument_group("calibration")
     add, source = group.add_argument, group.add_mutually_exclusive_group()
-    source.add_argument("--calibration_file", type=Path, help="a text that int4 is calibrated on")
+    source.add_argument(
+        "--calibration_file", type=named_path, help="a text that int4 is calibrated on"
+    )
     source.add_argument(
         "--calibration_tasks", nargs="+", metavar="TASK", help="the same of lm-eval's tasks"
     )
-    add("--include_path", type=Path, help="a folder with further lm-eval tasks")
+    add("--include_path", type=named_path, help="a folder with further lm-eval tasks")
     limit = number(int, 1, 2**31)
     add("--calibration_limit", type=limit, default=128, help="sequences (default: 128)")
     about = "tokens of each (default: 512, or the model's context)"

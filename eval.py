@@ -30,7 +30,7 @@ import compare
 import tasks
 import tp
 from checkpoint import default_checkpoint, find_device
-from cli import PRECISIONS, Parser, UserError, add_model_flags, number
+from cli import PRECISIONS, Parser, UserError, add_model_flags, named_path, number
 from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, allocate_cache, generate, load
 from files import check_outputs, output_file, read_text, replacing
 from model import Transformer
@@ -373,18 +373,18 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("measurement")
     add, what = group.add_argument, group.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval tasks, such as arc_*")
-    what.add_argument("--perplexity", type=Path, metavar="FILE", help="perplexity of a text")
+    what.add_argument("--perplexity", type=named_path, metavar="FILE", help="perplexity of a text")
     add("--stride", type=number(int, 1), help="of --perplexity (default: half of the window)")
     add("--batch_size", type=number(int, 1), default=8, help="contexts run at once (default: 8)")
     add("--output_path", type=output_file, metavar="FILE", help="write the results as JSON")
     add = parser.group("tasks")
     add("--limit", type=number(int, 1), help="documents of each task (default: all)")
     add("--num_fewshot", type=number(int, 0), help="examples before each document")
-    add("--include_path", type=Path, metavar="DIR", help="a folder with task definitions")
+    add("--include_path", type=named_path, metavar="DIR", help="a folder with task definitions")
     add = parser.group("comparison")
     add(
         "--against",
-        type=Path,
+        type=named_path,
         metavar="FILE_OR_FOLDER",
         help="a reference on the text of --perplexity, a checkpoint or a Hugging Face folder: "
         "KL(reference || checkpoint)",

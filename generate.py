@@ -37,7 +37,7 @@ from cli import (
     replaced,
 )
 from engine import FEW_ROWS, Engine, allocate_cache, generate, load, synchronize
-from files import check_outputs, output_file, replacing
+from files import check_outputs, output_file, read_text, replacing
 from linear import kernels_for
 from model import Transformer
 from process import run, world_size
@@ -81,12 +81,7 @@ def read_stdin() -> str:
 def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
     """The prompts of the command line, as token ids."""
     if args.prompts_file:
-        try:
-            text = on_rank0(lambda: args.prompts_file.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read --prompts_file {args.prompts_file} ({error}); pass a UTF-8 text file"
-            ) from None
+        text = on_rank0(lambda: read_text(args.prompts_file))
         texts = [line for line in text.split("\n") if line.strip()]
         if not texts:
             raise UserError(f"--prompts_file {args.prompts_file} has no line with a prompt")
@@ -274,10 +269,9 @@ def context_text(value: str) -> str:
     """An argparse type: a text, or @ and the name of the file that holds it."""
     name = value.removeprefix("@")
     try:
-        text = value if name == value else Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        problem = f"cannot read {name!r} ({error}); name a UTF-8 text file"
-        raise ArgumentTypeError(problem) from None
+        text = value if name == value else read_text(Path(name))
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None
     if not text:
         raise ArgumentTypeError("the context is empty; give a text or @FILE")
     return text

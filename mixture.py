@@ -104,16 +104,20 @@ class MixtureOfExperts(nn.Module):
         self.w3 = Linear(dim, options.width, experts=options.experts)
         self.w2 = Linear(options.width, dim, experts=options.experts)
 
+    def hooked(self) -> bool:
+        """Whether a hook is to see what the experts' Linears get or give: ranks, or a profile."""
+        linears = self.w1, self.w3, self.w2
+        parts = (*linears, *(linear.peak for linear in linears if hasattr(linear, "peak")))
+        return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
     def has_operator(self, prefill: bool, gpu: bool) -> bool:
-        """Whether one operator runs all experts: it takes their weights, and no hook looks on.
+        """Whether one operator runs all experts, whose weights it takes.
 
         A GPU's only decodes, and wants w1 and w3 stored alike.
         """
         linears = self.w1, self.w3, self.w2
         a8 = {isinstance(linear, Int8ActivationLinear) for linear in linears}
-        parts = (*linears, *(linear.peak for linear in linears if hasattr(linear, "peak")))
-        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        fits = self.act is F.silu and len(a8) == 1 and not hooked
+        fits = self.act is F.silu and len(a8) == 1 and not self.hooked()
         if gpu:
             kinds = {(w.weight.dtype, getattr(w.grid, "shape", None)) for w in linears[:2]}
             fits = fits and not prefill and len(kinds) == 1
@@ -122,7 +126,9 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, prefill: bool) -> Tensor:
         rows = x.flatten(0, -2)  # [N, dim]
         chosen, shares = self.router(rows, prefill)
-        waits = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        waits = not torch.compiler.is_compiling() and (
+            x.device.type == "cpu" or bool(self.w1._forward_hooks)
+        )
         if self.has_operator(prefill, x.is_cuda):
             y = self.by_operator(rows, chosen, shares, prefill)
         elif prefill or waits:

@@ -285,7 +285,7 @@ def make_parser() -> Parser:
     add_checkpoint_flags(parser)
     add = parser.group("scheme")
     modes = ["int8", "int8-activation", "int4", "int4-gptq", "hybrid"]
-    add("--mode", required=True, choices=modes)
+    add("--mode", required=True, choices=modes, help="how Linears are stored")
     add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="columns that share a grid")
     add(
         "--critical_layers",

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import quantize
 from checkpoint import find_device
-from cli import Parser, UserError, number, replaced
+from cli import Parser, UserError, named_path, number, replaced
 from engine import load, load_model
 from files import check_outputs, output_file, read_json, replacing
 from linear import Linear, linear_for
@@ -143,16 +143,16 @@ def mean_and_error(losses: Tensor) -> tuple[float, float]:
     return losses.mean().item(), losses.std().item() / math.sqrt(len(losses))
 
 
-def fingerprint(args: Namespace, device: torch.device) -> dict:
+def fingerprint(args: Namespace, device: torch.device, parts: dict[str, Tensor]) -> dict:
     """What results depend on: those of another fingerprint are not taken up."""
-    on_task = args.metric not in ("kl", "perplexity")
+    text = json.dumps([part.tolist() for part in parts.values()])
     checkpoint = hashlib.sha256()
     with open(args.model_path, "rb") as file:
         while chunk := file.read(2**20):
             checkpoint.update(chunk)
     return {
         "checkpoint": checkpoint.hexdigest(),
-        "text": "" if on_task else hashlib.sha256(args.text.read_bytes()).hexdigest(),
+        "text": hashlib.sha256(text.encode()).hexdigest(),
         "metric": args.metric,
         "groupsize": args.groupsize,
         "limit": args.limit,
@@ -424,14 +424,16 @@ def write_all(args: Namespace, layers: list[dict], models: list[dict], sizes: st
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.group("model")
-    add("--model_path", type=Path, required=True, help="a bf16 model.pth")
+    add("--model_path", type=named_path, required=True, help="a bf16 model.pth")
     add("--device", help="cpu, cuda, cuda:1, … (default: $DEVICE, else cuda if available)")
     sizes = quantize.GROUP_SIZES
     add("--groupsize", type=int, default=32, choices=sizes, help="of int4 (default: 32)")
     add = parser.group("measurement")
     add("--metric", default="kl", help="kl, perplexity, or the name of an lm-eval task")
-    add("--text", type=Path, default=README, help="half of it ranks (default: README)")
-    add("--include_path", type=Path, metavar="DIR", help="a folder with further lm-eval tasks")
+    add("--text", type=named_path, default=README, help="half of it ranks (default: README)")
+    add(
+        "--include_path", type=named_path, metavar="DIR", help="a folder with further lm-eval tasks"
+    )
     add("--limit", type=number(int, 2), default=8, help="sequences or documents of each half")
     add("--max_seq_length", type=number(int, 2), default=256, help="tokens of a sequence")
     add = parser.group("choice")
@@ -457,6 +459,10 @@ def check_flags(args: Namespace) -> bool:
         raise UserError("--text goes with --metric kl or perplexity; leave it out")
     if args.quantize and not on_text:
         raise UserError("--quantize calibrates on the --text that ranks; leave out --metric")
+    stem = f"{args.model_path.stem}_"
+    for mode, custom in (("hybrid", True), ("int4", False)) if args.quantize else ():
+        name = quantize.file_name(mode, args.groupsize, custom, stem)
+        check_outputs([args.model_path.with_name(name)], [args.text, args.model_path])
     return on_text
 
 
@@ -514,7 +520,7 @@ def main(args: Namespace) -> None:
     if args.max_seq_length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     parts = read_parts(args, tokenizer, device) if on_text else {}
-    state = read_state(args, fingerprint(args, device))
+    state = read_state(args, fingerprint(args, device, parts))
     check_plain(model, args)
     if on_text:
         losses = TextLosses(model, parts, args.metric)

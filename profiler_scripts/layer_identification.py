@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import nn
 
-from cli import Parser, UserError
+from cli import Parser, UserError, named_path
 from engine import load_model
 from files import read_text
 from linear import Linear
@@ -88,14 +88,14 @@ def add_ranking(rows: list[dict], path: Path) -> None:
         if row["layer"] not in ranking:
             raise UserError(f"{path} is of another model: it does not rank {row['layer']}")
         found = ranking[row["layer"]]
-        row |= {"rank": found["rank"], "proposed": found["scheme"], "saved": found["saved"]}
+        row |= {"rank": found["rank"], "proposed": found["scheme"], "saved by int8": found["saved"]}
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.group("checkpoint and report")
-    add("--model_path", type=Path, required=True, help="any checkpoint")
-    add("--report_file", type=Path, help="a report of layer_accuracy_analysis.py, to read")
+    add("--model_path", type=named_path, required=True, help="any checkpoint")
+    add("--report_file", type=named_path, help="a report of layer_accuracy_analysis.py, to read")
     return parser
 
 

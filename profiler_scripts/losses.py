@@ -165,6 +165,7 @@ class TaskLosses:
             count = len(self.task.eval_docs)
         if len(self.loaded["tasks"]) != 1 or count < 4:
             raise UserError(f"--metric {self.name} should be one task with four documents or more")
+        (self.name,) = self.loaded["tasks"]  # where --metric is a glob or a tag
         if self.task.get_config("num_fewshot") is None:
             self.task.set_config(key="num_fewshot", value=0)
         half = min(args.limit, count // 2)

@@ -34,9 +34,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import PRECISIONS, Parser, UserError, number
+from cli import PRECISIONS, Parser, UserError, named_path, number
 from engine import Engine, Sampling, generate, load_model
-from files import check_outputs, output_file, replacing, temporary_folder
+from files import check_outputs, output_file, read_bytes, replacing, temporary_folder
 from process import run
 from ranges import MARK, traced
 from scripts.machine import read_bandwidth
@@ -130,7 +130,7 @@ class Profile:
 def read_trace(path: Path) -> list[dict]:
     """The events of a chrome trace (.json or .json.gz) that last; `UserError` if it is not one."""
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path)
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         events = json.loads(raw)["traceEvents"]
         return [checked(event) for event in events if event.get("ph") == "X"]
@@ -546,12 +546,12 @@ def write_report(path: Path, text: str, rows: list[dict], draw_to: Callable[[Pat
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.group("model")
-    add("--model_path", type=Path, nargs="+", default=[], metavar="CKPT", help="run these")
+    add("--model_path", type=named_path, nargs="+", default=[], metavar="CKPT", help="run these")
     add("--device", help="cpu, cuda, cuda:1, … (default: $DEVICE, else cuda if available)")
     about = "of activations and unquantized weights (default: bfloat16)"
     add("--precision", default="bfloat16", choices=PRECISIONS, help=about)
     add = parser.group("measurement")
-    add("--trace", type=Path, nargs="+", default=[], metavar="FILE", help="read these traces")
+    add("--trace", type=named_path, nargs="+", default=[], metavar="FILE", help="read these traces")
     add("--output_file", type=output_file, required=True, help="ends in .txt, .md, .csv or .png")
     add("--prompt_tokens", type=number(int, 2), default=128, help="length of the random prompt")
     add("--max_new_tokens", type=number(int, 2), default=16, help="the first is the prefill's")

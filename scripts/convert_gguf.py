@@ -1,9 +1,11 @@
 """Turn a GGUF file into a checkpoint folder: `model.pth`, `config.json` and the tokenizer's files.
 
+    python scripts/convert_gguf.py --gguf model-Q4_K_M.gguf --checkpoint_dir checkpoints/my/model
+
 GGUF is the format of llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Its
 weights, quantized or not, become floats again, and with `--mode` are quantized as quantize.py does
-it. Its metadata say what the model's published
-configuration said; the files written here say it in the published format.
+it. Its metadata say what the model's published configuration said; the files written here say it in
+the published format.
 """
 
 from __future__ import annotations
@@ -67,6 +69,11 @@ PUBLISHED = {name: key for key, name in NUMBERS.items()} | {
     "num_attention_heads": "attention.head_count",
     "head_dim": "attention.key_length",
     "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -339,11 +346,14 @@ def main(args: argparse.Namespace) -> None:
     print(convert(args.gguf, args.checkpoint_dir, *target_of(args)))
 
 
-if __name__ == "__main__":
+def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("--gguf", type=named_path, required=True, help="the file to convert")
-    parser.add_argument(
-        "--checkpoint_dir", type=named_path, required=True, help="the folder to make"
-    )
+    add = parser.group("checkpoint")
+    add("--gguf", type=named_path, required=True, help="the file to convert")
+    add("--checkpoint_dir", type=named_path, required=True, help="the folder to make")
     add_target_flags(parser)
-    run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, make_parser())

@@ -1,5 +1,7 @@
 """Turn a checkpoint as published on the Hugging Face hub into the one file `model.pth`.
 
+    python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/org/model
+
 With `--mode int4` or another, the quantized file is made at once, as quantize.py makes it.
 
 Three things change: the names become Meta's, the matrices of q, k and v become one, and the rows of
@@ -33,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import StateFile, check_finite, is_plain
-from cli import Parser, UserError, named_path
+from cli import PRECISIONS, Parser, UserError, named_path
 from families import find_family, from_config
 from files import read_json, replacing
 from keys import AGAIN, Keys
@@ -52,7 +54,6 @@ from quantize import (
 from scripts.fp8 import dequantize, find_block, take_scales
 from scripts.random_weights import linears
 
-PRECISIONS = ("bfloat16", "float16", "float32")
 MODES = ("int8", "int8-activation", "int4", "hybrid")  # of quantize.py, without calibration
 GROUPED = ("int4", "hybrid")  # those with a grid for each group of columns
 ROUNDED_AT_ONCE = 2**20  # values: what rounding takes beside the tensor itself
@@ -556,8 +557,9 @@ def convert(
 
 def add_target_flags(parser: Parser) -> None:
     """Declare what both converters write."""
-    add = parser.add_argument
-    add("--precision", choices=PRECISIONS, default="bfloat16")
+    add = parser.group("output")
+    about = "of unquantized weights (default: bfloat16)"
+    add("--precision", choices=PRECISIONS, default="bfloat16", help=about)
     add("--mode", choices=MODES, help="quantize as quantize.py does, and write that file alone")
     text = "columns that share a grid (default: 32)"
     add("--groupsize", type=int, choices=GROUP_SIZES, help=text)
@@ -574,13 +576,13 @@ def main(args: argparse.Namespace) -> None:
     print(convert(args.checkpoint_dir, *target_of(args)))
 
 
-if __name__ == "__main__":
+def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--checkpoint_dir",
-        type=named_path,
-        required=True,
-        help="a folder that download.py has made",
-    )
+    about = "a folder that download.py has made"
+    parser.group("checkpoint")("--checkpoint_dir", type=named_path, required=True, help=about)
     add_target_flags(parser)
-    run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, make_parser())

@@ -39,7 +39,7 @@ except ValueError as error:  # it reads its variables when it is imported
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, UserError
+from cli import Parser, UserError, named_path
 from families import FAMILIES, WRAPPERS
 from files import read_json
 from process import run
@@ -181,12 +181,16 @@ def main(args: argparse.Namespace) -> None:
     print(folder)
 
 
-if __name__ == "__main__":
+def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("--repo_id", required=True, help="org/name, as in the model's URL")
-    parser.add_argument("--hf_token", help="for gated and private models (default: $HF_TOKEN)")
-    parser.add_argument("--revision", help="a branch, tag or commit (default: main)")
-    parser.add_argument(
-        "--checkpoint_dir", type=Path, default=Path("checkpoints"), help="(default: checkpoints)"
-    )
-    run(main, parser)
+    add, default = parser.group("model"), Path("checkpoints")
+    add("--repo_id", required=True, help="org/name, as in the model's URL")
+    add("--hf_token", help="for gated and private models (default: $HF_TOKEN)")
+    add("--revision", help="a branch, tag or commit (default: main)")
+    about = "the folder of all checkpoints (default: checkpoints)"
+    add("--checkpoint_dir", type=named_path, default=default, help=about)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, make_parser())

@@ -7,7 +7,8 @@ import pytest
 
 from conftest import ROOT
 
-SCRIPTS = ["generate", "eval", "scripts.benchmark", "scripts.gpu_check"]
+SCRIPTS = ["generate", "eval", "quantize", "scripts.benchmark", "scripts.gpu_check"]
+SCRIPTS += ["scripts.convert_gguf", "scripts.convert_hf_checkpoint", "scripts.download"]
 SCRIPTS += ["scripts.prefill_cache_experiment", "profiler_scripts.layer_accuracy_analysis"]
 SCRIPTS += ["profiler_scripts.layer_identification", "profiler_scripts.profiler_analysis"]
 

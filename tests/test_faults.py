@@ -321,6 +321,8 @@ ROWS = [
     # ---- Files without an end, and those that would be lost
     ("", "evaluate --perplexity /dev/zero", "/dev/zero has 268435456 characters"),
     ("", "gptq --calibration_file /dev/zero", "/dev/zero has 268435456 characters"),
+    ("", "generate --prompts_file /dev/zero", "/dev/zero has 268435456 characters"),
+    ("", "generate --prefill_context @/dev/zero", "/dev/zero has 268435456 characters"),
     ("", "ranked --text /dev/zero", "/dev/zero has 268435456 characters"),
     ("", "generate --prompt - < /dev/zero", "standard input is longer than any context"),
     ("", "perplexity --output_path text.txt", "text.txt is named for two things"),

@@ -622,7 +622,7 @@ def test_in_a_chat_the_context_stands_before_the_system_prompt(run_cli):
     [
         (["--prefill_context", "@nowhere.txt"], "nowhere.txt"),
         (["--prefill_context", "@."], "cannot read '.'"),
-        (["--prefill_context", f"@{sys.executable}"], "name a UTF-8 text file"),
+        (["--prefill_context", f"@{sys.executable}"], "pass a UTF-8 text file"),
         (["--prefill_context", ""], "context is empty"),
         (["--prefill_context", "x" * 600], "the context has 600 tokens and the cache 512"),
         (["--prefill_context", "x" * 90, "--max_seq_length", "80"], "the context has 90 tokens"),
