@@ -33,7 +33,7 @@ def default_checkpoint() -> Path:
     if not DEFAULT_CHECKPOINT.exists():
         if not script.exists():
             raise UserError(f"no --checkpoint_path was given, and there is no {script} to make one")
-        with subprocess.Popen([sys.executable, str(script)], stdout=sys.stderr) as process:
+        with subprocess.Popen([sys.executable, str(script)], stdout=2) as process:
             try:
                 code = process.wait()
             except BaseException:  # a signal: `run` would kill the script with its files in place

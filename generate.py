@@ -344,14 +344,14 @@ def main(args: Namespace) -> None:
     args = with_defaults(args)
     alone = None if tp else (find_device(args.device), None)
     with tp.joined(args.device) if tp else contextlib.nullcontext(alone) as (device, shard):
+        if shard and shard.rank:  # rank 0 writes the files
+            args = replaced(args, profile=None, json=None)
         records, totals = run_all(args, device, shard)
     report(args, records, **totals)
 
 
 def run_all(args: Namespace, device: torch.device, shard: Any) -> tuple[list[dict], dict]:
     """Load, warm up and generate: the statistics of each run, and those of the whole."""
-    if shard and shard.rank:  # rank 0 writes the files
-        args = replaced(args, profile=None, json=None)
     path = args.checkpoint_path or (tp.in_turn(default_checkpoint) if tp else default_checkpoint())
     cache = make_cache(args)
     kernels = kernels_for("cpu")
