@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import find_device
 from cli import PRECISIONS, Parser, UserError, named_path, number
 from engine import Engine, Sampling, generate, load_model
-from files import check_outputs, output_file, read_bytes, replacing, temporary_folder
+from files import check_outputs, output_file, replacing, temporary_folder
 from process import run
 from ranges import MARK, traced
 from scripts.machine import read_bandwidth
@@ -129,8 +129,10 @@ class Profile:
 
 def read_trace(path: Path) -> list[dict]:
     """The events of a chrome trace (.json or .json.gz) that last; `UserError` if it is not one."""
+    if path.exists() and not path.is_file():  # a device may never end
+        raise UserError(f"{path} is no file; make a trace with generate.py --profile")
     try:
-        raw = read_bytes(path)
+        raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         events = json.loads(raw)["traceEvents"]
         return [checked(event) for event in events if event.get("ph") == "X"]
