@@ -292,6 +292,7 @@ ROWS = [
     ("", "profile", "pass --model_path with checkpoints, or --trace"),
     ("", "profile --trace a a", "named twice"),
     ("", "profile --trace nowhere", f"{READ} nowhere as a chrome trace"),
+    ("", "profile --trace /dev/zero", "/dev/zero is no file"),
     ("", "profile --trace text.txt --output_file o.doc", "should end in one of"),
     ("cp text.txt t.json", "trace", "t.json as a chrome trace (JSONDecodeError"),
     ("echo '[]' > t.json", "trace", "t.json as a chrome trace (TypeError"),
