@@ -621,7 +621,7 @@ def test_in_a_chat_the_context_stands_before_the_system_prompt(run_cli):
     "flags, named",
     [
         (["--prefill_context", "@nowhere.txt"], "nowhere.txt"),
-        (["--prefill_context", "@."], "cannot read '.'"),
+        (["--prefill_context", "@."], "cannot read . ("),
         (["--prefill_context", f"@{sys.executable}"], "pass a UTF-8 text file"),
         (["--prefill_context", ""], "context is empty"),
         (["--prefill_context", "x" * 600], "the context has 600 tokens and the cache 512"),
