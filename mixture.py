@@ -126,9 +126,9 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, prefill: bool) -> Tensor:
         rows = x.flatten(0, -2)  # [N, dim]
         chosen, shares = self.router(rows, prefill)
-        waits = not torch.compiler.is_compiling() and (
-            x.device.type == "cpu" or bool(self.w1._forward_hooks)
-        )
+        # What may wait for the device: a CPU, and a profile, whose hooks see the experts' Linears.
+        waits = x.device.type == "cpu" or bool(self.w1._forward_hooks)
+        waits = waits and not torch.compiler.is_compiling()
         if self.has_operator(prefill, x.is_cuda):
             y = self.by_operator(rows, chosen, shares, prefill)
         elif prefill or waits:
