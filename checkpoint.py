@@ -211,9 +211,8 @@ class StateFile:
         try:
             with torch.serialization.skip_data(), open(path, "wb") as file:
                 torch.save(empty, file)  # to an open file: the archive would hold the name
-        except RuntimeError as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"cannot write {path} ({reason}); is the disk full?") from None
+        except RuntimeError as error:  # closing the archive fails, too, after an error or a signal
+            raise error.__context__ or error from None
         self.places = torch.load(path, map_location="meta", weights_only=True)
         self.file = open(path, "r+b")
 

@@ -498,6 +498,15 @@ def test_a_script_that_is_told_to_end_leaves_nothing(home, begin, name, number):
     assert contents(home) == before
 
 
+def test_a_script_that_is_told_to_end_while_it_lays_out_its_file_leaves_nothing(home):
+    before = contents(home)
+    told = "import checkpoint, io, os\nclass Told(io.FileIO):\n  def write(self, data):\n"
+    told += "    self.tell() and os.kill(os.getpid(), 15)\n    return super().write(data)\n"
+    done = shell(home, f"FAULT='{told}checkpoint.open = Told' quantize --mode int8")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert contents(home) == before
+
+
 def test_the_next_run_removes_what_a_killed_one_left(home, begin):
     before = contents(home)
     for process in [begin(*command) for command in HALFWAY.values()]:
