@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tasks
-from cli import Parser, UserError, named_path, number
+from cli import Parser, UserError, bounded, named_path
 from files import read_text
 from tokenizer import Tokenizer
 
@@ -32,10 +32,10 @@ def add_calibration_flags(parser: Parser) -> None:
         "--calibration_tasks", nargs="+", metavar="TASK", help="the same of lm-eval's tasks"
     )
     add("--include_path", type=named_path, help="a folder with further lm-eval tasks")
-    limit = number(int, 1, 2**31)
+    limit = bounded(int, 1, 2**31)
     add("--calibration_limit", type=limit, default=128, help="sequences (default: 128)")
     about = "tokens of each (default: 512, or the model's context)"
-    add("--calibration_seq_length", type=number(int, 2), metavar="N", help=about)
+    add("--calibration_seq_length", type=bounded(int, 2), metavar="N", help=about)
     add("--pad_calibration_inputs", action="store_true", help="take shorter texts, too")
     add("--calibration_seed", type=int, default=0, help="which sequences are drawn (default: 0)")
 

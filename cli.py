@@ -48,7 +48,7 @@ def optional(name: str, *needed: str) -> Any:
         return None
 
 
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+def bounded(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
     """An argparse type: an int or a float from `low` to `high`, inclusive."""
 
     def parse(text: str):
@@ -129,5 +129,5 @@ def add_model_flags(parser: Parser) -> Callable[..., argparse.Action]:
     about = "of activations and unquantized weights (default: bfloat16)"
     add("--precision", default="bfloat16", choices=PRECISIONS, help=about)
     about = "positions in the KV cache (default: what the prompts need)"
-    add("--max_seq_length", type=number(int, 2), help=about)
+    add("--max_seq_length", type=bounded(int, 2), help=about)
     return add

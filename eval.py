@@ -30,7 +30,7 @@ import compare
 import tasks
 import tp
 from checkpoint import default_checkpoint, find_device
-from cli import PRECISIONS, Parser, UserError, add_model_flags, named_path, number
+from cli import PRECISIONS, Parser, UserError, add_model_flags, bounded, named_path
 from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, allocate_cache, generate, load
 from files import check_outputs, output_file, read_text, replacing
 from model import Transformer
@@ -374,12 +374,12 @@ def make_parser() -> Parser:
     add, what = group.add_argument, group.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval tasks, such as arc_*")
     what.add_argument("--perplexity", type=named_path, metavar="FILE", help="perplexity of a text")
-    add("--stride", type=number(int, 1), help="of --perplexity (default: half of the window)")
-    add("--batch_size", type=number(int, 1), default=8, help="contexts run at once (default: 8)")
+    add("--stride", type=bounded(int, 1), help="of --perplexity (default: half of the window)")
+    add("--batch_size", type=bounded(int, 1), default=8, help="contexts run at once (default: 8)")
     add("--output_path", type=output_file, metavar="FILE", help="write the results as JSON")
     add = parser.group("tasks")
-    add("--limit", type=number(int, 1), help="documents of each task (default: all)")
-    add("--num_fewshot", type=number(int, 0), help="examples before each document")
+    add("--limit", type=bounded(int, 1), help="documents of each task (default: all)")
+    add("--num_fewshot", type=bounded(int, 0), help="examples before each document")
     add("--include_path", type=named_path, metavar="DIR", help="a folder with task definitions")
     add = parser.group("comparison")
     add(
@@ -391,9 +391,9 @@ def make_parser() -> Parser:
     )
     add("--against_device", help="device of the reference (default: the checkpoint's)")
     add("--against_precision", choices=PRECISIONS, help="of the reference (default: --precision)")
-    add("--max_kl", type=number(float, 0), help="exit with 1 if the KL divergence is over this")
+    add("--max_kl", type=bounded(float, 0), help="exit with 1 if the KL divergence is over this")
     add("--prompt", help="what both continue greedily (default: the start of the text)")
-    add("--max_new_tokens", type=number(int, 1), help="of --against (default: 64)")
+    add("--max_new_tokens", type=bounded(int, 1), help="of --against (default: 64)")
     return parser
 
 

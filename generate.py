@@ -29,9 +29,9 @@ from cli import (
     Parser,
     UserError,
     add_model_flags,
+    bounded,
     json_object,
     named_path,
-    number,
     optional,
     refuse,
     replaced,
@@ -233,9 +233,9 @@ def make_parser() -> Parser:
     add("--system_prompt", default="", help="the system message of a chat")
     about = 'variables of the chat template, such as {"enable_thinking": false}'
     add("--template_args", type=json_object, default={}, metavar="JSON", help=about)
-    add("--num_samples", type=number(int, 1, 10**6), default=1, help="times to run each prompt")
+    add("--num_samples", type=bounded(int, 1, 10**6), default=1, help="times to run each prompt")
     text = "prompts run at once (default: 1, or the whole file)"
-    add("--batch_size", type=number(int, 1, 4096), help=text)
+    add("--batch_size", type=bounded(int, 1, 4096), help=text)
     add_text_flags(parser)
 
     group = parser.add_argument_group("speculation")
@@ -245,14 +245,14 @@ def make_parser() -> Parser:
     text = "n-gram drafting: continue the latest earlier match of the last tokens"
     draft.add_argument("--prompt_lookup", action="store_true", help=text)
     text = "maximum draft length (default: 5)"
-    add("--speculate_k", type=number(int, 1, FEW_ROWS - 1), metavar="K", help=text)
+    add("--speculate_k", type=bounded(int, 1, FEW_ROWS - 1), metavar="K", help=text)
 
     add = parser.group("prefill cache")
     about = "a text that every prompt continues, or @FILE; it is prefilled once"
     add("--prefill_context", type=context_text, metavar="TEXT", help=about)
     about = "keep prefilled contexts in this folder"
     add("--prefill_cache", type=named_path, metavar="DIR", help=about)
-    size, about = number(float, 0, 1e6), "limit in memory, and again on disk (default: 8)"
+    size, about = bounded(float, 0, 1e6), "limit in memory, and again on disk (default: 8)"
     add("--prefill_cache_gb", type=size, metavar="GB", help=about)
 
     add = parser.group("measurement")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, number
+from cli import UserError, bounded
 
 
 class OutputError(Exception):
@@ -104,7 +104,7 @@ def variable(name: str, low: int, high: int, default: int | None = None) -> int:
     if text is None:
         raise UserError(f"WORLD_SIZE is set and {name} is not; start with torchrun, or unset it")
     try:
-        return number(int, low, high)(text)
+        return bounded(int, low, high)(text)
     except argparse.ArgumentTypeError as error:
         raise UserError(f"the variable {name}: {error}; torchrun sets it, or unset it") from None
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import gptq
 from calibration import add_calibration_flags, read_sequences
 from checkpoint import StateFile, check_finite, default_checkpoint, find_device
-from cli import Parser, UserError, add_checkpoint_flags, number, replaced
+from cli import Parser, UserError, add_checkpoint_flags, bounded, replaced
 from engine import load_model
 from files import check_outputs, read_text, replacing
 from linear import Linear, linear_for, pack_int4
@@ -299,8 +299,8 @@ def make_parser() -> Parser:
     add("--gptq", action="store_true", help="make the int4 part of a hybrid by GPTQ")
     add_calibration_flags(parser)
     add = parser.group("GPTQ")
-    add("--percdamp", type=number(float, 0, 100), default=0.01, help="damping of GPTQ's Hessians")
-    add("--blocksize", type=number(int, 1), default=128, help="columns GPTQ updates at once")
+    add("--percdamp", type=bounded(float, 0, 100), default=0.01, help="damping of GPTQ's Hessians")
+    add("--blocksize", type=bounded(int, 1), default=128, help="columns GPTQ updates at once")
     add("--act_order", action="store_true", help="GPTQ rounds columns of large inputs first")
     return parser
 

@@ -9,36 +9,36 @@ import json
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from typing import Any
 
-from cli import Parser, UserError, number, replaced
+from cli import Parser, UserError, bounded, replaced
 from model import Transformer
 
 
 def add_text_flags(parser: Parser) -> None:
     """Declare the settings of a text: flags of generate.py, and keys of a request."""
-    add, share = parser.group("length and stops"), number(float, 0, 1)
+    add, share = parser.group("length and stops"), bounded(float, 0, 1)
     about = "maximum number of new tokens (default: 200)"
-    add("--max_new_tokens", type=number(int, 1), default=200, metavar="N", help=about)
+    add("--max_new_tokens", type=bounded(int, 1), default=200, metavar="N", help=about)
     about = "no end-of-text token before N new tokens; stop texts still end a text"
-    add("--min_new_tokens", type=number(int, 0), default=0, metavar="N", help=about)
+    add("--min_new_tokens", type=bounded(int, 0), default=0, metavar="N", help=about)
     about = "end before this text, which is not printed; may be given several times"
     add("--stop", type=stop_text, action="append", default=[], metavar="TEXT", help=about)
 
     add = parser.group("sampling")
     about = "0: greedy (default: 0.8)"
-    add("--temperature", type=number(float, 0, 100), default=0.8, metavar="T", help=about)
+    add("--temperature", type=bounded(float, 0, 100), default=0.8, metavar="T", help=about)
     about = "keep the K likeliest tokens; 0: all (default: 200)"
-    add("--top_k", type=number(int, 0), default=200, metavar="K", help=about)
+    add("--top_k", type=bounded(int, 0), default=200, metavar="K", help=about)
     about = "nucleus sampling: the smallest set with total probability of at least P (default: 1)"
     add("--top_p", type=share, default=1.0, metavar="P", help=about)
     about = "drop tokens less than P times as likely as the likeliest (default: 0)"
     add("--min_p", type=share, default=0.0, metavar="P", help=about)
     about = "seed of the first text; each text has the next (default: 1234)"
-    add("--seed", type=number(int, 0, 2**62), default=1234, metavar="N", help=about)
+    add("--seed", type=bounded(int, 0, 2**62), default=1234, metavar="N", help=about)
     about = "divide positive logits of tokens seen so far by R, multiply negative ones (default: 1)"
-    options = dict(type=number(float, 0.01, 100), default=1.0, metavar="R", help=about)
+    options = dict(type=bounded(float, 0.01, 100), default=1.0, metavar="R", help=about)
     add("--repetition_penalty", **options)
     about = "subtract P from the logits of tokens generated so far (default: 0)"
-    options = dict(type=number(float, -2, 2), default=0.0, metavar="P", help=about)
+    options = dict(type=bounded(float, -2, 2), default=0.0, metavar="P", help=about)
     add("--presence_penalty", **options)
     about = "add VALUE to a token's logit; may be given several times"
     options = dict(type=logit_bias, action="append", default=[], metavar="ID=VALUE", help=about)
@@ -46,7 +46,7 @@ def add_text_flags(parser: Parser) -> None:
 
     add = parser.group("log probabilities")
     about = "of each new token, and of the N likeliest beside it"
-    add("--logprobs", type=number(int, 0), metavar="N", help=about)
+    add("--logprobs", type=bounded(int, 0), metavar="N", help=about)
     about = "of the prompt's tokens"
     add("--prompt_logprobs", action=BooleanOptionalAction, default=False, help=about)
 
@@ -63,7 +63,7 @@ def logit_bias(value: str) -> tuple[int, float]:
     token, equals, bias = value.partition("=")
     if not equals:
         raise ArgumentTypeError(f"{value!r} is not ID=VALUE, such as 198=-100")
-    return number(int, 0)(token), number(float, -100, 100)(bias)
+    return bounded(int, 0)(token), bounded(float, -100, 100)(bias)
 
 
 def check_settings(args: Namespace, model: Transformer) -> None:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import find_device
-from cli import UserError, number
+from cli import UserError, bounded
 from linear import Int8ActivationLinear, Linear
 from model import AllHeadsNorm, FeedForward, ModelArgs, Transformer
 from process import variable, world_size
@@ -120,7 +120,7 @@ def leave(shard: Shard | None, error: BaseException) -> None:
 def timeout() -> float:
     """Seconds that ranks wait for each other: minutes, as a cold disk or a compiler may take."""
     try:
-        return number(float, 1, 1e6)(os.environ.get("TP_TIMEOUT", "600"))
+        return bounded(float, 1, 1e6)(os.environ.get("TP_TIMEOUT", "600"))
     except ArgumentTypeError as error:
         raise UserError(f"the variable TP_TIMEOUT: {error}") from None
 

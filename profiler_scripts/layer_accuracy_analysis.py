@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import quantize
 from checkpoint import find_device
-from cli import Parser, UserError, named_path, number, replaced
+from cli import Parser, UserError, bounded, named_path, replaced
 from engine import load, load_model
 from files import check_outputs, output_file, read_json, replacing
 from linear import Linear, linear_for
@@ -434,13 +434,13 @@ def make_parser() -> Parser:
     add(
         "--include_path", type=named_path, metavar="DIR", help="a folder with further lm-eval tasks"
     )
-    add("--limit", type=number(int, 2), default=8, help="sequences or documents of each half")
-    add("--max_seq_length", type=number(int, 2), default=256, help="tokens of a sequence")
+    add("--limit", type=bounded(int, 2), default=8, help="sequences or documents of each half")
+    add("--max_seq_length", type=bounded(int, 2), default=256, help="tokens of a sequence")
     add = parser.group("choice")
     budget = "bits a weight of all Linears (default: those of quantize.py's hybrid)"
-    add("--budget", type=number(float, 0, 16), metavar="BITS", help=budget)
+    add("--budget", type=bounded(float, 0, 16), metavar="BITS", help=budget)
     about = "random choices of as many bytes to compare with (default: 10)"
-    add("--random_choices", type=number(int, 2, 10000), default=10, metavar="N", help=about)
+    add("--random_choices", type=bounded(int, 2, 10000), default=10, metavar="N", help=about)
     add = parser.group("output")
     add("--report_file", type=output_file, required=True, help="ends in .txt, .md, .csv or .png")
     add("--layers_file", type=output_file, metavar="OUT", help="write the layers for quantize.py")

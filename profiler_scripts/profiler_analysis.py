@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import PRECISIONS, Parser, UserError, named_path, number
+from cli import PRECISIONS, Parser, UserError, bounded, named_path
 from engine import Engine, Sampling, generate, load_model
 from files import check_outputs, output_file, replacing, temporary_folder
 from process import run
@@ -555,8 +555,8 @@ def make_parser() -> Parser:
     add = parser.group("measurement")
     add("--trace", type=named_path, nargs="+", default=[], metavar="FILE", help="read these traces")
     add("--output_file", type=output_file, required=True, help="ends in .txt, .md, .csv or .png")
-    add("--prompt_tokens", type=number(int, 2), default=128, help="length of the random prompt")
-    add("--max_new_tokens", type=number(int, 2), default=16, help="the first is the prefill's")
+    add("--prompt_tokens", type=bounded(int, 2), default=128, help="length of the random prompt")
+    add("--max_new_tokens", type=bounded(int, 2), default=16, help="the first is the prefill's")
     return parser
 
 

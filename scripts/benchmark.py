@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import default_checkpoint, find_device
-from cli import Parser, UserError, add_checkpoint_flags, number, refuse, replaced
+from cli import Parser, UserError, add_checkpoint_flags, bounded, refuse, replaced
 from engine import Engine, generate, load_model, synchronize
 from families import preset_names
 from files import check_outputs, output_file, replacing, temporary_folder
@@ -362,7 +362,7 @@ def several(known: dict | None = None, low: int = 0) -> Callable[[str], list]:
     def parse(text: str) -> list:
         items = list(dict.fromkeys(text.split(",")))
         if known is None:
-            return sorted({number(int, low)(item) for item in items})
+            return sorted({bounded(int, low)(item) for item in items})
         for item in items:
             if item not in known:
                 raise ArgumentTypeError(f"{item!r} is none of {', '.join(known)}")
@@ -378,15 +378,15 @@ def make_parser() -> Parser:
     add("--schemes", type=several(MARKERS), help="default: all, or a quantized file as it is")
     add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="of int4 (default: 32)")
     add = parser.group("measurement")
-    add("--prompt", type=number(int, 1), default=512, help="tokens to prefill (default: 512)")
-    add("--gen", type=number(int, 1, 2**20), default=128, help="tokens to decode (default: 128)")
+    add("--prompt", type=bounded(int, 1), default=512, help="tokens to prefill (default: 512)")
+    add("--gen", type=bounded(int, 1, 2**20), default=128, help="tokens to decode (default: 128)")
     add("--depth", type=several(), default=[0], help="positions filled before, such as 0,2048")
-    add("--runs", type=number(int, 1), default=5, help="repetitions (default: 5)")
+    add("--runs", type=bounded(int, 1), default=5, help="repetitions (default: 5)")
     add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
     add("--compile_prefill", action="store_true", help="compile prefill, too")
     add("--draft", help="a checkpoint, or `lookup`: measure speculation, too")
     add("--peers", type=several(PEERS), default=[], help="llama.cpp,transformers: in the same run")
-    add("--threads", type=number(int, 1, 4096), help="CPU threads (default: torch's)")
+    add("--threads", type=bounded(int, 1, 4096), help="CPU threads (default: torch's)")
     add("--no-cold", action="store_true", help="no starts in new processes, no peak memory")
     add = parser.group("output")
     add("--json", type=output_file, metavar="FILE", help="write the figures as JSON")

@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import find_device
-from cli import Parser, UserError, number, replaced
+from cli import Parser, UserError, bounded, replaced
 from engine import synchronize
 from files import check_outputs, output_file, replacing, temporary_folder
 from linear import kernels_for
@@ -363,7 +363,7 @@ def checkout(text: str) -> Path:
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.group("measurement")
-    add("--budget", type=number(float, 0), default=540, help="seconds for everything (540)")
+    add("--budget", type=bounded(float, 0), default=540, help="seconds for everything (540)")
     add("--device", default="cuda", help="cuda, cuda:1; cpu with --shapes tiny tries the script")
     add("--stages", type=several(STAGES), default=[*STAGES], help=f"of {', '.join(STAGES)}")
     add("--modes", type=several(MODES), default=[*MODES], help=f"of {', '.join(MODES)}")

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import default_checkpoint, find_device
-from cli import Parser, UserError, add_model_flags, named_path, number
+from cli import Parser, UserError, add_model_flags, bounded, named_path
 from engine import Engine, Sampling, generate, load, synchronize
 from files import check_outputs, output_file, read_text, replacing, temporary_folder
 from prefill_cache import PrefillCache
@@ -142,8 +142,8 @@ def make_parser() -> Parser:
     about = "text files, one context each (default: context/*.txt)"
     add("--contexts", type=named_path, nargs="+", default=files, metavar="FILE", help=about)
     add("--prompt", default="In one sentence:", help="what follows each context")
-    add("--runs", type=number(int, 1), default=10, help="runs of each kind, after one to warm up")
-    add("--max_new_tokens", type=number(int, 2), default=32, help="of each run (default: 32)")
+    add("--runs", type=bounded(int, 1), default=10, help="runs of each kind, after one to warm up")
+    add("--max_new_tokens", type=bounded(int, 2), default=32, help="of each run (default: 32)")
     add("--output", type=output_file, metavar="FILE", help="write the table")
     return parser
 
