@@ -1,8 +1,8 @@
-"""What a published Hugging Face `config.json` means, as `ModelArgs`.
+"""Translates a published Hugging Face `config.json` into `ModelArgs`.
 
-`FAMILIES` holds what a `model_type` implies beyond the numbers in its file. Errors name the file's
-own keys. Files without a `config.json`, as gpt-fast makes them, are known by their folder's name:
-`presets.json` holds published configurations, and benchmarks use them, too.
+`FAMILIES` holds what a `model_type` implies and the file does not say. Errors name the file's own
+keys. A folder without a `config.json`, as gpt-fast writes it, is matched by name to a published
+configuration in `presets.json`, which benchmarks also use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PRESETS = Path(__file__).with_name("presets.json")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # ------------------------------------------------------------------------------------------------
-# What each family is
+# The families
 
 
 def post_norms(attention: str, ffn: str) -> dict[str, str]:
@@ -71,7 +71,7 @@ QKV_BIAS = {"qkv_bias": True}
 EPS = {"rms_norm_eps": 1e-5}
 TIED = {"tie_word_embeddings": True}
 POST = {"norms": "post", "names": post_norms("post_attention", "post_feedforward")}
-# Some of Gemma's files leave out nearly everything.
+# Some Gemma files omit nearly every key.
 GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
 GEMMA |= {"max_position_embeddings": 131072, "hidden_activation": "gelu_pytorch_tanh"} | TIED
 GEMMA |= {"sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
@@ -165,9 +165,9 @@ FAMILIES = {
         ),
     ),
 }
-# Checkpoints with a vision tower, and the text model within where they do not say which.
+# Checkpoints with a vision tower, and the text model inside, for files that do not name it.
 WRAPPERS = {"mistral3": "mistral", "gemma3": "gemma3_text"}
-# What nothing here computes, and the keys that ask for it.
+# Unsupported features, and the keys that ask for them.
 UNKNOWN = {
     "a mixture of experts": EXPERTS,
     "a clip of q, k and v": ("clip_qkv",),
@@ -189,7 +189,7 @@ def find_family(config: dict) -> tuple[Keys, Family]:
         kind = {"model_type": WRAPPERS[config["model_type"]]}
         keys = Keys(kind | text.values | outer, section="text_config")
     kind = keys.get("model_type")
-    for part in (keys, keys.section("text_config")):  # of a wrapper that is not known
+    for part in (keys, keys.section("text_config")):  # also of an unknown wrapper
         for what, asking in UNKNOWN.items():
             known = asking is EXPERTS and getattr(FAMILIES.get(str(kind)), "mixture", None)
             for key in () if known else filter(part.values.get, asking):
@@ -200,11 +200,11 @@ def find_family(config: dict) -> tuple[Keys, Family]:
 
 
 # ------------------------------------------------------------------------------------------------
-# The whole
+# From config.json to ModelArgs
 
 
 def from_config(config: dict) -> ModelArgs:
-    """Read a published `config.json`; `UserError` on what is wrong with it or not supported."""
+    """Read a published `config.json`; `UserError` if a key is wrong or not supported."""
     keys, family = find_family(config)
     act = "hidden_activation" if keys.has("hidden_activation") else "hidden_act"
     context = context_length(keys, family.local_rope)
@@ -226,7 +226,7 @@ def from_config(config: dict) -> ModelArgs:
 
 
 def read_config(folder: Path) -> ModelArgs:
-    """Read `folder`/config.json or, where there is none, take the preset the name contains."""
+    """Read `folder`/config.json or, without one, the preset its name contains."""
     if os.path.lexists(folder / "config.json"):
         return from_config(read_json(folder / "config.json"))
     name, presets = folder.resolve().name.lower(), read_json(PRESETS)

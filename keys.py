@@ -1,4 +1,4 @@
-"""The keys of a published JSON file, each read as what it has to be."""
+"""Reads the keys of a published JSON file, each checked for type and range."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from cli import UserError
 
-MAX_SIZE = 2**24  # of counts: the largest published one is 10,485,760 positions
-NUMBERS = (1e-12, 1e12)  # within which no frequency overflows a float32
+MAX_SIZE = 2**24  # of a count; the largest published one is 10,485,760 positions
+NUMBERS = (1e-12, 1e12)  # no frequency in this range overflows float32
 AGAIN = "fetch the file again"
 
 
@@ -17,9 +17,9 @@ def is_number(value: Any) -> bool:
 
 
 class Keys:
-    """The keys of a JSON object, each read as what it has to be; a `UserError` names it.
+    """The keys of a JSON object; a missing or wrong one is a `UserError` that names it.
 
-    An absent key and null are the same: the default, and an error where there is none.
+    A null is an absent key: it reads as the default, or is an error if there is none.
     """
 
     def __init__(self, values: dict, where: str = "config.json", section: str = ""):
@@ -66,14 +66,14 @@ class Keys:
         return value
 
     def entries(self, key: str, length: int, what: str, fits: Callable[[Any], bool]) -> list:
-        """The first `length` items of a list, each of which has to fit."""
+        """The first `length` items of a list, all of which satisfy `fits`."""
         value = self.get(key)
         if type(value) is not list or len(value) < length or not all(map(fits, value)):
             raise self.refusal(key, f"not a list of {length} {what}")
         return value[:length]
 
     def section(self, *names: str) -> Keys:
-        """The first object there is under one of these names; an empty one if there is none."""
+        """The object under the first of these names that is not empty; an empty one if none is."""
         key = next((name for name in names if self.has(name) and self.values[name] != {}), None)
         value = self.values[key] if key else {}
         if not isinstance(value, dict):

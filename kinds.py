@@ -1,9 +1,9 @@
-"""What the layers of a model are, as a published `config.json` says it: heads, windows, rotations.
+"""Reads the layers of a model from a published `config.json`: heads, windows, rotary embeddings.
 
-`Family` is what a `model_type` implies; families.py has the table. A scaling takes the plain
-frequencies, one for each pair of dimensions, and returns its own and a factor for cos and sin. A
-pair that does not turn has the frequency 0: partial rotary embeddings and layers without any need
-no code of their own.
+`Family` is what a `model_type` implies; families.py has the table. A RoPE scaling maps the plain
+frequencies, one for each pair of dimensions, to scaled ones and a factor for cos and sin. Pairs
+that are not rotated have frequency 0, so partial rotary embeddings and layers without RoPE need no
+code of their own.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from torch import Tensor
 from keys import MAX_SIZE, Keys, is_number
 from model import LayerKind
 
-# What a file may ask for. The largest published numbers are 126 layers (Llama 3.1 405B), 128 heads
-# and 512 dimensions a head; what is made of a configuration before the weights are seen takes time
-# and memory in proportion to the layers and the head_dim.
+# Limits for a config.json. The largest published values are 126 layers (Llama 3.1 405B), 128 heads
+# and 512 dimensions a head. What is built before the weights are seen takes time and memory
+# proportional to the layers and head_dim.
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_EXPERTS = 2**10, 2**12, 2**12, 2**12
 
 QKV, FFN = ("wqkv",), ("w1", "w2", "w3")  # Linears
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # ------------------------------------------------------------------------------------------------
-# What a family is
+# Families
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a `model_type` implies; the defaults are Llama's."""
 
-    defaults: dict = dataclasses.field(default_factory=dict)  # what its files may leave out
+    defaults: dict = dataclasses.field(default_factory=dict)  # for keys that its files may omit
     norms: str = "pre"
     qk_norm: str = ""
-    biases: dict[str, tuple[str, ...]] = dataclasses.field(  # the Linears that flags give one
+    biases: dict[str, tuple[str, ...]] = dataclasses.field(  # flag -> the Linears with a bias
         default_factory=lambda: {"attention_bias": (*QKV, "wo"), "mlp_bias": FFN}
     )
-    # Which layers have the window, and which of them no rotations; `layer_types` goes first.
+    # Which layers have a sliding window (`layer_types` overrides it), and which have no RoPE.
     windowed: Callable[[Keys, int], bool] | None = None
     unrotated: Callable[[Keys, int, bool], bool] = lambda config, layer, windowed: False
-    local_rope: bool = False  # layers with a window take no part in the scaling of the others
+    local_rope: bool = False  # RoPE scaling skips the layers with a window
     partial_rotary: bool = False
-    model: Callable[[Keys], dict] = lambda config: {}  # more fields of ModelArgs
-    kind: Callable[[Keys], dict] = lambda config: {}  # and of LayerKind
-    mixture: Callable[[Keys], dict] | None = None  # the fields of its Mixture
-    # How its tensors are published; names by the keys of convert_hf_checkpoint.HF_NAMES.
+    model: Callable[[Keys], dict] = lambda config: {}  # further fields of ModelArgs
+    kind: Callable[[Keys], dict] = lambda config: {}  # of LayerKind
+    mixture: Callable[[Keys], dict] | None = None  # the fields of Mixture
+    # How its tensors are published: names by the keys of convert_hf_checkpoint.HF_NAMES.
     names: dict[str, str] = dataclasses.field(default_factory=dict)
-    interleaved: bool = False  # q and k lie in Meta's rotary order already
-    norm_offset: float = 0.0  # what is to be added to the weights of norms
+    interleaved: bool = False  # q and k are published in Meta's rotary order
+    norm_offset: float = 0.0  # to add to norm weights
 
 
 # ------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class Family:
 
 
 def head_sizes(config: Keys) -> tuple[int, int, int]:
-    """The number of heads, that of KV heads, and head_dim."""
+    """Heads, KV heads and head_dim."""
     dim, heads = config.count("hidden_size"), config.count("num_attention_heads", MAX_HEADS)
     kv_heads = config.count("num_key_value_heads", MAX_HEADS, heads)
     if heads % kv_heads:
@@ -81,7 +81,7 @@ def head_sizes(config: Keys) -> tuple[int, int, int]:
 
 
 def original_length(config: Keys, rope: Keys) -> float:
-    """The context that the model was first trained on; scalings go by it."""
+    """The context length before RoPE scaling, which the scalings refer to."""
     key, default = "original_max_position_embeddings", config.count("max_position_embeddings")
     return (config if config.has(key) else rope).number(key, default)
 
@@ -92,7 +92,7 @@ def scaling_factor(config: Keys, rope: Keys) -> float:
 
 
 def llama3_scaling(freqs: Tensor, rope: Keys, config: Keys) -> tuple[Tensor, float]:
-    """Llama 3.1: long waves are stretched by `factor`, short ones kept, those between mixed."""
+    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, those between blended."""
     factor, low = rope.number("factor"), rope.number("low_freq_factor")
     high = rope.number("high_freq_factor")
     if low >= high:
@@ -103,12 +103,12 @@ def llama3_scaling(freqs: Tensor, rope: Keys, config: Keys) -> tuple[Tensor, flo
 
 
 def yarn_scaling(freqs: Tensor, rope: Keys, config: Keys) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): stretches long waves and lengthens q and k."""
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): divides low frequencies, scales q and k up."""
     base, factor, pairs = rope.number("rope_theta"), scaling_factor(config, rope), len(freqs)
     if base <= 1:
         raise rope.refusal("rope_theta", "not above 1")
-    # Waves of more turns in the original context than beta_fast are kept, and of fewer than
-    # beta_slow stretched whole: low and high are the pairs that turn so often.
+    # Frequencies of more than beta_fast turns over the original context are kept, those of fewer
+    # than beta_slow divided by factor; low and high are the pair indices at these two limits.
     context = original_length(config, rope) / (2 * math.pi)
     turns = rope.number("beta_fast", 32), rope.number("beta_slow", 1)
     low, high = (pairs * math.log(context / count) / math.log(base) for count in turns)
@@ -130,7 +130,7 @@ def yarn_scaling(freqs: Tensor, rope: Keys, config: Keys) -> tuple[Tensor, float
 def longrope_scaling(freqs: Tensor, rope: Keys, config: Keys) -> tuple[Tensor, float]:
     """LongRoPE (Ding et al. 2024, arXiv 2402.13753), within the original context.
 
-    A longer text needs other frequencies, also for the keys that the cache holds already.
+    Longer text needs other frequencies, even for keys that are already cached.
     """
     factor = scaling_factor(config, rope)
     original = max(original_length(config, rope), 2)
@@ -150,9 +150,9 @@ ROPES: dict[str, Callable[[Tensor, Keys, Keys], tuple[Tensor, float]]] = {
 
 
 def rope_section(config: Keys, windowed: bool, local: bool) -> Keys:
-    """What a file says of the rotations of layers with a window, or of those without.
+    """The RoPE parameters of layers with a sliding window, or of those without.
 
-    `local` says that a scaling for all layers leaves those with a window alone.
+    With `local`, a scaling given for all layers does not apply to those with a window.
     """
     rope, theta = config.section("rope_parameters", "rope_scaling"), "rope_theta"
     if rope.has("full_attention") or rope.has("sliding_attention"):
@@ -170,7 +170,7 @@ def scaling_of(rope: Keys) -> str:
 
 
 def context_length(config: Keys, local: bool) -> int:
-    """Positions of the context: YaRN extends it, and of LongRoPE's the original part is used."""
+    """The context length: YaRN extends it, LongRoPE is limited to the original context."""
     length, rope = config.count("max_position_embeddings"), rope_section(config, False, local)
     scaling = scaling_of(rope)
     if scaling == "yarn":
@@ -181,7 +181,7 @@ def context_length(config: Keys, local: bool) -> int:
 
 
 def rotations(config: Keys, rope: Keys, head_dim: int, partial: bool) -> dict:
-    """`rope` and `rope_scale` of a LayerKind; `partial` says that a part of a head may turn."""
+    """`rope` and `rope_scale` of a LayerKind; `partial` permits partial rotary embeddings."""
     key = "partial_rotary_factor"
     for keys in () if partial else (rope, config):
         keys.choice(key, (1.0,), 1.0)
@@ -201,7 +201,7 @@ def rotations(config: Keys, rope: Keys, head_dim: int, partial: bool) -> dict:
 
 
 def all_but_every(layers: int) -> Callable[[Keys, int], bool]:
-    """Windows in all layers but every n-th, which sees the whole context."""
+    """Windows in all layers but every n-th, which has full attention."""
     return lambda config, i: (i + 1) % config.count("sliding_window_pattern", default=layers) > 0
 
 
@@ -211,14 +211,14 @@ def qwen_window(config: Keys, layer: int) -> bool:
 
 
 def without_rope(config: Keys, layer: int, _windowed: bool = False) -> bool:
-    """SmolLM3: its list has a 0 for each layer without rotations; without one, it is every n-th."""
+    """SmolLM3: no_rope_layers has a 0 for a layer without RoPE; by default every n-th has none."""
     if config.has("no_rope_layers"):
         return not config.entries("no_rope_layers", layer + 1, "0 and 1", (0, 1).__contains__)[-1]
     return (layer + 1) % config.count("no_rope_layer_interval", default=4) == 0
 
 
 def windowed_layers(config: Keys, family: Family, layers: int) -> list[bool]:
-    """Which layers have the window of the file."""
+    """Whether each layer has a sliding window."""
     flag = "use_sliding_window"
     unused = flag in family.defaults and not config.flag(flag)
     if family.windowed is None or unused or not config.has("sliding_window"):
@@ -255,7 +255,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def mixture_of(config: Keys, width: str = "moe_intermediate_size", **properties) -> dict:
-    """The fields of a `model.Mixture` that every family has; `width` is the key of an expert's."""
+    """The fields of `model.Mixture` that all families share; `width` is the key of its width."""
     key = next((key for key in EXPERTS if config.has(key)), EXPERTS[0])
     experts = config.count(key, MAX_EXPERTS)
     chosen = config.count("num_experts_per_tok", MAX_EXPERTS)
@@ -265,7 +265,7 @@ def mixture_of(config: Keys, width: str = "moe_intermediate_size", **properties)
 
 
 def dense_layers(config: Keys) -> tuple[int, ...]:
-    """The layers without a mixture: those that Qwen's files name, and all but every n-th."""
+    """The layers without a mixture: mlp_only_layers, and all but every decoder_sparse_step-th."""
     layers = range(config.count("num_hidden_layers", MAX_LAYERS))
     dense = config.get("mlp_only_layers", [])
     if type(dense) is not list or not all(layer in layers for layer in dense):
