@@ -1,7 +1,7 @@
-"""The inputs that a quantized checkpoint is calibrated on: texts, cut into sequences of tokens.
+"""Calibration data for quantization: texts cut into sequences of tokens.
 
-Sequences are drawn in turn from all tasks and all their texts, in an order that a seed decides, and
-begin as a prompt does.
+Sequences are drawn round-robin from all tasks and all their texts, in an order set by a seed. They
+begin with BOS if the model's prompts do.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ def add_calibration_flags(parser: Parser) -> None:
     group = parser.add_argument_group("calibration")
     add, source = group.add_argument, group.add_mutually_exclusive_group()
     source.add_argument(
-        "--calibration_file", type=named_path, help="a text that int4 is calibrated on"
+        "--calibration_file", type=named_path, help="a text file to calibrate int4 on"
     )
     source.add_argument(
-        "--calibration_tasks", nargs="+", metavar="TASK", help="the same of lm-eval's tasks"
+        "--calibration_tasks", nargs="+", metavar="TASK", help="lm-eval tasks to calibrate on"
     )
     add("--include_path", type=named_path, help="a folder with further lm-eval tasks")
     limit = bounded(int, 1, 2**31)
     add("--calibration_limit", type=limit, default=128, help="sequences (default: 128)")
-    about = "tokens of each (default: 512, or the model's context)"
+    about = "tokens in each (default: 512, or the model's context)"
     add("--calibration_seq_length", type=bounded(int, 2), metavar="N", help=about)
-    add("--pad_calibration_inputs", action="store_true", help="take shorter texts, too")
-    add("--calibration_seed", type=int, default=0, help="which sequences are drawn (default: 0)")
+    add("--pad_calibration_inputs", action="store_true", help="use shorter texts, too")
+    add("--calibration_seed", type=int, default=0, help="seed of the draw (default: 0)")
 
 
 def task_texts(name: str, include_path: Path | None) -> list[str]:
-    """What a model reads in this lm-eval task, or in these; `UserError` on an unknown one."""
+    """The texts of an lm-eval task, or of the tasks of a glob; `UserError` on an unknown one."""
     manager, names = tasks.find([name], include_path)
     requests = []
     with tasks.explaining(names):
@@ -52,7 +52,7 @@ def task_texts(name: str, include_path: Path | None) -> list[str]:
 
 
 def in_turn(streams: Iterable[Iterator]) -> Iterator:
-    """One item of each stream, then the next of each, until all have ended."""
+    """Round-robin over the streams until all are exhausted."""
     while streams:
         going = []
         for stream in streams:
@@ -70,11 +70,11 @@ def calibration_sequences(
     keep_short: bool = False,
     seed: int = 0,
 ) -> list[Tensor]:
-    """Up to `limit` pieces of `length` tokens, the BOS token included where a prompt has one.
+    """Up to `limit` pieces of `length` tokens, including BOS where prompts have one.
 
-    Each of the `sources` is a list of texts. Sources take turns, the texts of a source do, and the
-    pieces of a text come in any order. What is left over at a text's end is a piece only with
-    `keep_short`. `UserError` if there is no piece at all.
+    Each of the `sources` is a list of texts. Pieces are drawn round-robin over sources, and within
+    a source over its texts; those of a text are shuffled. The shorter piece at a text's end is kept
+    only with `keep_short`. `UserError` if there is no piece at all.
     """
     shuffled = random.Random(seed)
     bos = tokenizer.encode("")
@@ -97,7 +97,7 @@ def calibration_sequences(
 
 
 def read_sequences(args: Namespace, folder: Path, context: int) -> list[Tensor] | None:
-    """The sequences that the flags ask for, None if for none; says so if the text is too short."""
+    """The sequences that the flags ask for, or None; prints a note if there is too little text."""
     length = args.calibration_seq_length or min(512, context)
     if length > context:
         what = f"--calibration_seq_length {length} is over the model's context"

@@ -1,9 +1,9 @@
 """GPTQ: 4-bit weights whose rounding errors are compensated in the columns not yet rounded.
 
-Frantar et al. 2023 (arXiv 2210.17323). What counts is not how far a weight moves but how far the
-layer's outputs do, on real inputs: ||(W - Q) X||². The Hessian of that, 2 X X^T, says how the
-columns to come should change after one was rounded. `quantize_blocks` runs sequences of tokens
-through a model and collects the Hessians, `gptq` rounds one weight.
+Frantar et al. 2023 (arXiv 2210.17323). GPTQ minimizes the error of a layer's outputs on real
+inputs, ||(W - Q) X||², not the error of its weights. The Hessian, 2 X X^T, says how the remaining
+columns should change after one is rounded. `quantize_blocks` runs sequences of tokens through a
+model and collects the Hessians; `gptq` rounds one weight.
 
 Format: value = (code - 8) * scale + zero, codes 0 to 15, one scale and zero for each group of
 neighbouring input columns of an output row.
@@ -31,14 +31,14 @@ from model import Transformer, TransformerBlock
 def inverse_root(hessian: Tensor, percdamp: float) -> Tensor:
     """Upper triangular U with U^T U = the inverse of the damped hessian `[in, in]`.
 
-    Row j of U, divided by its diagonal, is what column j's error does to the columns after it. A
-    Cholesky factorization of the reversed matrix gives U without forming the inverse. `percdamp` of
-    the diagonal's mean is added to the diagonal, and more when that is not enough.
+    Row j of U over its diagonal element spreads column j's error to the columns after it. Cholesky
+    of the reversed matrix gives U without forming the inverse. `percdamp` times the diagonal's mean
+    is added to the diagonal, and more if the factorization fails.
     """
     reverse = hessian.flip(0, 1)
     diagonal = reverse.diagonal()
     mean = diagonal.mean()
-    diagonal[diagonal == 0] = 1  # an input that was always 0: its column concerns no other
+    diagonal[diagonal == 0] = 1  # an input that was always 0: its column is independent
     eye = torch.eye(len(hessian), device=hessian.device)
     for damping in (percdamp, 0.1, 1.0):
         lower, failed = torch.linalg.cholesky_ex(reverse + damping * mean * eye)
@@ -56,14 +56,14 @@ def gptq(
     blocksize: int = 128,
     act_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Round weight `[out, in]` to 4 bits so that outputs on inputs of this hessian hardly change.
+    """Round weight `[out, in]` to 4 bits, minimizing the output error on inputs with this hessian.
 
-    `find_grid` maps weights `[out, groupsize]` in float32 and what an error in each column costs,
-    the Hessian's diagonal `[groupsize]`, to scales (above 0) and zeros, `[out]` each, with values
-    that bf16 holds. `groupsize` divides `in`. A group's grid is chosen when its first column is
-    reached; `act_order` rounds the columns with the largest inputs first instead, on grids of the
-    original weights. `blocksize` is a matter of speed: errors reach columns beyond the block in one
-    matmul at its end. Returns codes uint8 `[out, in]` and scales_and_zeros bf16
+    `find_grid` maps float32 weights `[out, groupsize]` and the cost of an error in each column, the
+    Hessian's diagonal `[groupsize]`, to scales (above 0) and zeros, `[out]` each, representable in
+    bf16. `groupsize` divides `in`. A group's grid is chosen when its first column is reached; with
+    `act_order`, columns with the largest inputs are rounded first, on grids of the original
+    weights. `blocksize` only affects speed: errors reach the columns beyond a block in one matmul
+    at its end. Returns codes uint8 `[out, in]` and bf16 scales_and_zeros
     `[in / groupsize, out, 2]`.
     """
     columns = torch.empty(weight.shape[::-1], device=weight.device).copy_(weight.t())  # [in, out]
@@ -77,7 +77,7 @@ def gptq(
         order = hessian.diagonal().argsort(descending=True, stable=True)
         columns, hessian = columns[order], hessian[order][:, order]
     root = inverse_root(hessian.float(), percdamp)
-    # With whole groups in a block, all weights of a group are up to date when it is reached.
+    # Blocks hold whole groups, so a group's weights are up to date when its grid is chosen.
     blocksize = max(blocksize // groupsize, 1) * groupsize
     for start in range(0, len(columns), blocksize):
         end = min(start + blocksize, len(columns))
@@ -98,9 +98,9 @@ def gptq(
 
 
 def output_error(weight: Tensor, result: Tensor, hessian: Tensor | list[Tensor | None]) -> float:
-    """||(W - Q) X||² / ||W X||², which GPTQ minimizes; NaN if no input is known.
+    """||(W - Q) X||² / ||W X||², which GPTQ minimizes; NaN without a Hessian.
 
-    Of experts `[experts, out, in]` it is that of all outputs of those that have a Hessian.
+    For experts `[experts, out, in]` it covers all outputs of the experts with a Hessian.
     """
     if isinstance(hessian, Tensor):
         weight, result, hessian = weight[None], result[None], [hessian]
@@ -119,7 +119,7 @@ def output_error(weight: Tensor, result: Tensor, hessian: Tensor | list[Tensor |
 
 
 class AllAtOnce(nn.Module):
-    """Stands in for a KV cache where every position of a sequence comes in the same call."""
+    """Stands in for a KV cache when a whole sequence comes in one call."""
 
     has_kernels = False
 
@@ -128,9 +128,9 @@ class AllAtOnce(nn.Module):
 
 
 def add_inputs(hessian: Tensor, count: int, linear: Linear, args: tuple[Tensor]) -> None:
-    """A forward pre-hook: add the part of x `[..., in]` to 2 X X^T / count, in float32.
+    """A forward pre-hook: add the contribution of x `[..., in]` to 2 X X^T / count, in float32.
 
-    Of a mixture the hessian is `[experts, in, in]`, and the hook is called for each expert.
+    In a mixture the hessian is `[experts, in, in]`, and the hook runs for each expert.
     """
     x = args[0].flatten(0, -2).float()
     hessian = hessian[linear.expert] if hessian.dim() == 3 else hessian
@@ -152,15 +152,15 @@ def stop(linear: Linear, args: tuple[Tensor]) -> None:
 
 
 def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: int) -> dict:
-    """By name, the Hessian `[in, in]` of each Linear's inputs while `run` maps all states.
+    """Run all states; return the Hessian `[in, in]` of each Linear's inputs, by name.
 
-    `states` are hidden states `[1, T, dim]`, `count` positions together. Of experts it is a list,
-    with None for those that fewer tokens reach than the matrix has columns: then what GPTQ learns
-    from inputs in general position makes others worse than rounding to nearest does.
+    `states` are hidden states `[1, T, dim]`, `count` positions in total. For experts it is a list,
+    with None where fewer tokens reach an expert than its matrix has columns: on so few inputs GPTQ
+    overfits, and does worse on others than rounding to nearest.
     """
     hessians, hooks, tokens = {}, [], {}
     for name, linear in linears.items():
-        if name.endswith("w3"):  # gets the very input of w1
+        if name.endswith("w3"):  # same input as w1
             hessians[name] = hessians[name.removesuffix("w3") + "w1"]
             continue
         shape = (linear.experts,) * (linear.experts > 0) + (linear.in_features,) * 2
@@ -171,7 +171,7 @@ def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: 
             tokens[name] = torch.zeros(linear.experts, dtype=torch.int64)
             hook = functools.partial(count_tokens, tokens[name])
             hooks.append(linear.register_forward_pre_hook(hook))
-    if len(hooks) == 1:  # nothing after it is needed
+    if len(hooks) == 1:  # one Linear: the rest of the block is not needed
         hooks.append(linears[next(iter(linears))].register_forward_pre_hook(stop))
     for x in states:
         with contextlib.suppress(Reached):
@@ -186,9 +186,9 @@ def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: 
 
 
 def stages(layer: TransformerBlock) -> list[dict[str, Linear]]:
-    """The Linears of a block by name, in the order in which inputs reach them.
+    """The Linears of a block by name, grouped by stage, in execution order.
 
-    w1 and w3 have one input. A shared expert is of the stages of the experts beside it.
+    w1 and w3 share an input, hence a stage. A shared expert is in the stages of the other experts.
     """
     found: dict[str, dict[str, Linear]] = {}
     for name, module in layer.named_modules():
@@ -206,19 +206,18 @@ def quantize_blocks(
 ) -> None:
     """Call `quantize(name, weight, hessian)` once for every Linear, block by block.
 
-    It returns the weight as it will be after quantization: later inputs are computed with it, also
-    within a block, so that each Hessian knows of all errors before it. For that a block is run up
-    to each of its stages, and once as a whole. The weights of the model itself stay as they are.
-    `sequences` are token ids `[T]` of any lengths up to the model's context. In memory are one
-    block, the Hessians of a stage and the hidden states. Call `setup_caches` before using the model
-    for anything else.
+    It returns the dequantized weight, with which all later inputs are computed, also within the
+    block: each Hessian includes the errors of everything before it. So a block runs once up to each
+    of its stages, and once as a whole. The model's own weights do not change. `sequences` are token
+    ids `[T]` of any lengths up to the model's context. Memory holds one block, the Hessians of a
+    stage and the hidden states. Call `setup_caches` before using the model for anything else.
     """
     device = model.device
     names = {module: name for name, module in model.named_modules()}
     states = [model.embed(tokens[None].to(device)) for tokens in sequences]  # [1, T, dim]
     lengths = [x.shape[1] for x in states]
     longest, count = max(lengths), sum(lengths)
-    model.setup_caches(0, longest)  # for the tables of rotations
+    model.setup_caches(0, longest)  # for the RoPE tables
     for layer in model.layers:
         layer.attention.kv_cache = AllAtOnce()
 
@@ -238,5 +237,5 @@ def quantize_blocks(
             states[i] = run(state, weights)
     hessian = torch.zeros(model.args.dim, model.args.dim, device=device)
     for x in states:
-        add_inputs(hessian, count, model.output, (model.norm(x),))  # spares us all logits
+        add_inputs(hessian, count, model.output, (model.norm(x),))  # without computing logits
     quantize("output", model.output.weight, hessian)

@@ -1,10 +1,10 @@
-"""Makes a quantized checkpoint of a bf16 one: smaller, and so much faster to decode.
+"""Quantizes a bf16 checkpoint: it gets smaller and decodes that much faster.
 
     python quantize.py --checkpoint_path checkpoints/…/model.pth --mode int4 --groupsize 32
 
-What is written says by its tensors what it is (see linear.py), so it loads like any other. The
-weights are read from the mapped file, quantized and written one at a time. With a text to calibrate
-on, int4 minimizes what an error does to outputs instead of how large it is.
+The tensors of the new file identify its scheme (see linear.py), so it loads like any other. Weights
+are read from the mapped file, quantized and written one at a time. With calibration text, int4
+minimizes the error of the outputs instead of the error of the weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ INT8_IN_HYBRID = ("layers.*.attention.wo", "layers.*.feed_forward.w1", "output")
 
 
 def split_scheme(scheme: str, groupsize: int) -> tuple[str, int]:
-    """A scheme and its group size, which `int4.g32` names and `int4` leaves to `groupsize`."""
+    """Scheme and group size: `int4.g32` names its own, `int4` has `groupsize`."""
     kind, _, own = scheme.partition(".g")
     return kind, int(own or groupsize)
 
@@ -55,9 +55,9 @@ def quantize(
 ) -> dict[str, Tensor]:
     """The stored tensors of one Linear.
 
-    int4 is rounded to nearest on grids that the Hessian's diagonal weighs if there is a Hessian
-    `[in, in]`, and by GPTQ if there are options for that, too. Experts `[experts, out, in]` are
-    quantized one by one, each by its Hessian if it has one.
+    int4 is rounded to nearest. With a Hessian `[in, in]`, its diagonal weighs the error that grids
+    are fitted to; with GPTQ options as well, GPTQ rounds. Experts `[experts, out, in]` are
+    quantized one by one, each with its own Hessian or None.
     """
     if weight.dim() == 3:
         pairs = zip(weight, hessian or [None] * len(weight), strict=True)
@@ -77,22 +77,22 @@ def quantize(
 
 
 def dequantize(linear: Linear, tensors: dict[str, Tensor]) -> Tensor:
-    """The weight, float32 `[out, in]`, that a Linear with these stored tensors has."""
+    """The float32 weight `[out, in]` of a Linear with these stored tensors."""
     stored = linear_for(linear, tensors)
-    stored.load_state_dict(tensors, assign=True, strict=False)  # a bias is not stored here
+    stored.load_state_dict(tensors, assign=True, strict=False)  # `tensors` has no bias
     return stored.float().dequantize()
 
 
 # ------------------------------------------------------------------------------------------------
-# Which Linear is stored how
+# The scheme of each Linear
 
 
 def choose_schemes(
     names: list[str], mode: str, critical_layers: list[str] | None = None
 ) -> dict[str, str]:
-    """The scheme of every Linear, by its name; `UserError` on a layer that the model lacks.
+    """The scheme of every Linear, by name; `UserError` on a layer that the model lacks.
 
-    Critical layers are int8, or what follows a `=` such as in `output=int4.g32`.
+    Critical layers are int8, or the scheme after a `=`, as in `output=int4.g32`.
     """
     if mode != "hybrid":
         return dict.fromkeys(names, "int4" if mode == "int4-gptq" else mode)
@@ -136,7 +136,7 @@ def check_groups(linears: dict[str, Linear], schemes: dict[str, str], groupsize:
 
 
 def file_name(mode: str, groupsize: int, custom: bool = False, stem: str = "model_") -> str:
-    """The published name of the new file, such as model_int4.g32.pth."""
+    """The name of the new file, such as model_int4.g32.pth."""
     kind = mode
     if mode == "hybrid":
         kind = "custom_hybrid_int8_int4" if custom else "hybrid_int8_int4"
@@ -146,11 +146,11 @@ def file_name(mode: str, groupsize: int, custom: bool = False, stem: str = "mode
 
 
 # ------------------------------------------------------------------------------------------------
-# The whole checkpoint
+# The checkpoint
 
 
 def stored_layout(model: Transformer, schemes: dict[str, str], groupsize: int) -> dict[str, Tensor]:
-    """The state dict of this model with its Linears in these schemes, without their values."""
+    """The state dict of this model with its Linears in these schemes, on the meta device."""
     layout = model.state_dict()
     for name, scheme in schemes.items():
         linear = model.get_submodule(name)
@@ -170,7 +170,7 @@ def write_linear(
     rows: slice = slice(None),
     expert: int | None = None,
 ) -> None:
-    """Write the stored tensors of these rows of a Linear, or of one of its experts."""
+    """Write stored tensors to these rows of a Linear, or of one of its experts."""
     for key, tensor in tensors.items():
         place = file.places[f"{name}.{key}"]
         place = place if expert is None else place[expert]
@@ -184,15 +184,15 @@ def quantize_model(
     file: StateFile,
     args: Namespace,
 ) -> dict[str, list[float]]:
-    """Write all tensors to `file`; return the errors of the matrices by scheme.
+    """Write all tensors to `file`; return the error of each matrix, by scheme.
 
-    They are mean squared errors of the weights, and with calibration `sequences` of token ids the
-    `output_error`s of gptq.py.
+    With calibration `sequences` of token ids it is the `output_error` of gptq.py, else the mean
+    squared error of the weights.
     """
     errors: dict[str, list[float]] = {scheme: [] for scheme in schemes.values()}
     names = ("percdamp", "blocksize", "act_order")
     options = {name: getattr(args, name) for name in names} if by_gptq(args) else None
-    unseen: list[int] = []  # for each name, the experts that few tokens reached
+    unseen: list[int] = []  # experts that too few tokens reached, for each matrix
 
     def store(name: str, weight: Tensor, hessian: Tensor | list | None = None) -> Tensor:
         if isinstance(hessian, list):
@@ -210,7 +210,7 @@ def quantize_model(
         return result
 
     for key, tensor in model.state_dict().items():
-        if key.removesuffix(".weight") not in schemes:  # those are read one by one
+        if key.removesuffix(".weight") not in schemes:  # Linears follow one by one
             check_finite(args.checkpoint_path, key, tensor)
             file.write(file.places[key], tensor.cpu())
     with tqdm(total=len(schemes), desc="quantizing", unit="matrix") as bar:
@@ -228,7 +228,7 @@ def quantize_model(
 
 
 def bits_a_weight(model: Transformer, layout: dict[str, Tensor]) -> float:
-    """Of all Linears together, as stored in this layout."""
+    """Average bits of a weight over all Linears, as stored in this layout."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     weights = sum(linear.weight.numel() for linear in linears.values())
     stored = [key for key in layout if key.rpartition(".")[0] in linears and "bias" not in key]
@@ -236,7 +236,7 @@ def bits_a_weight(model: Transformer, layout: dict[str, Tensor]) -> float:
 
 
 def prepare(args: Namespace, device: torch.device | str) -> tuple[Transformer, dict[str, str]]:
-    """The bf16 model and the schemes of its Linears; `UserError` if they do not go together."""
+    """The bf16 model and the schemes of its Linears; `UserError` if they do not fit each other."""
     path = args.checkpoint_path
     model = load_model(path, device)
     linears = {n: module for n, module in model.named_modules() if isinstance(module, Linear)}
@@ -248,7 +248,7 @@ def prepare(args: Namespace, device: torch.device | str) -> tuple[Transformer, d
 
 
 def output_path(args: Namespace) -> Path:
-    """Where the checkpoint goes; `UserError` if it cannot."""
+    """The path of the new checkpoint; `UserError` if it cannot be written."""
     if "/" in args.label:
         raise UserError(f"--label {args.label!r} is part of a file's name; leave the / out")
     stem = f"{args.checkpoint_path.stem}{args.label}"
@@ -261,7 +261,7 @@ def output_path(args: Namespace) -> Path:
 def write(
     args: Namespace, model: Transformer, schemes: dict[str, str], sequences: list[Tensor] | None
 ) -> tuple[Path, float]:
-    """Write the checkpoint and print what it is; returns its path and bits a weight."""
+    """Write the checkpoint and print its size and errors; returns its path and bits a weight."""
     path, output = args.checkpoint_path, output_path(args)
     layout = stored_layout(model, schemes, args.groupsize)
     with replacing(output) as temporary, StateFile(temporary, layout) as file:
@@ -294,14 +294,14 @@ def make_parser() -> Parser:
         help="int8 in a hybrid: names, globs, @FILE; NAME=int4.g32 is int4 in groups of 32",
     )
     add(
-        "--label", default="_", help="what stands between `model` and the scheme in the file's name"
+        "--label", default="_", help="what separates `model` and the scheme in the file's name"
     )
-    add("--gptq", action="store_true", help="make the int4 part of a hybrid by GPTQ")
+    add("--gptq", action="store_true", help="use GPTQ for the int4 part of a hybrid")
     add_calibration_flags(parser)
     add = parser.group("GPTQ")
     add("--percdamp", type=bounded(float, 0, 100), default=0.01, help="damping of GPTQ's Hessians")
-    add("--blocksize", type=bounded(int, 1), default=128, help="columns GPTQ updates at once")
-    add("--act_order", action="store_true", help="GPTQ rounds columns of large inputs first")
+    add("--blocksize", type=bounded(int, 1), default=128, help="columns that GPTQ updates at once")
+    add("--act_order", action="store_true", help="GPTQ rounds columns with large inputs first")
     return parser
 
 
@@ -315,7 +315,7 @@ OF_GPTQ = ("percdamp", "blocksize", "act_order")
 
 
 def check_flags(args: Namespace) -> bool:
-    """Whether there is a text to calibrate on; UserError if a flag has nothing to go with."""
+    """Whether there is calibration text; UserError if a flag has no effect in this mode."""
     calibrated, int4 = args.calibration_file or args.calibration_tasks, "int4, plain or in a hybrid"
     quantizes = not args.mode.startswith("int8")
     if by_gptq(args) and args.mode in ("hybrid", "int4-gptq") and not calibrated:
@@ -341,7 +341,7 @@ def main(args: Namespace) -> None:
         args, device=device, checkpoint_path=args.checkpoint_path or default_checkpoint()
     )
     model, schemes = prepare(args, device if calibrated else "cpu")
-    output_path(args)  # known before hours of work are spent
+    output_path(args)  # fails before hours of work
     sequences = read_sequences(args, args.checkpoint_path.parent, model.args.block_size)
     write(args, model, schemes, sequences)
 

@@ -1,7 +1,7 @@
-"""Rounds a weight to the codes and the grid that a checkpoint stores, see linear.py.
+"""Rounds a weight to the codes and the grid that a checkpoint stores (see linear.py).
 
-int8 has a scale a row. int4 has a scale and a zero a group of neighbouring columns, and where they
-lie decides how much is lost: `find_grid` searches them.
+int8 has one scale for each row. int4 has a scale and a zero for each group of neighbouring columns;
+their choice decides the loss, so `find_grid` searches for them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from linear import pack_int4
 
-STARTS, REFITS = 13, 2  # ranges tried in a group, and refits of the best grid
+STARTS, REFITS = 13, 2  # candidate ranges of a group, and refits of the best grid
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round weight `[out, in]` to int8, symmetrically by row: codes and bf16 scales `[out]`."""
+    """Round weight `[out, in]` to symmetric per-row int8: codes and bf16 scales `[out]`."""
     weight = weight.float()
     scales = (weight.abs().amax(1) / 127).clamp(min=1e-10).bfloat16()
     codes = (weight / scales.float().unsqueeze(1)).round().clamp(-127, 127)
@@ -25,16 +25,16 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def find_grid(groups: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The scale and zero `[n]` that round groups `[n, g]` to 4 bits with the least weighted error.
 
-    Grids over 1.0 down to 0.5 times a group's range are tried: clipping the extremes often costs
-    less than a finer grid gains. Each is refitted by weighted least squares to the codes that it
-    gives, and the best one again. `weights` `[g]` or `[n, g]` say how much a squared error matters:
-    the mean squared input of each column, if inputs are known. By default they are x² + mean x² of
-    the group's own x, as large weights move the outputs of a trained network more than their number
-    says. Scale and zero are bf16 values, as they will be stored.
+    Candidate grids span 1.0 down to 0.5 times a group's range: clipping the extremes often costs
+    less than a finer grid gains. Each is refitted to its codes by weighted least squares, and the
+    best one again. `weights` `[g]` or `[n, g]` weigh the squared errors: by the mean squared input
+    of each column if inputs are known. By default they are x² + mean x² of the group's own x, as
+    large weights matter more to the outputs of a trained network than their count suggests. Scale
+    and zero are bf16 values, as stored.
     """
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     center = (low + high) / 2
-    x = groups - center  # the sums below are differences of large ones if x is not centered
+    x = groups - center  # without centering, the sums below cancel
     if weights is None:
         weights = groups.square()
         weights = weights + weights.mean(1, keepdim=True)
@@ -45,7 +45,7 @@ def find_grid(groups: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     best = [torch.full_like(low, float("inf")), torch.ones_like(low), center]
 
     def refit(scale: Tensor, zero: Tensor) -> None:
-        """Fit a grid to the codes of this one, and keep it where it is the best so far."""
+        """Fit a grid to the codes of this one; keep it where it is the best so far."""
         codes = ((groups - zero) / scale).round_().clamp_(-8, 7)
         wc = w * codes
         sum_c, sum_cc = wc.sum(1, keepdim=True), (wc * codes).sum(1, keepdim=True)
@@ -74,7 +74,7 @@ def quantize_int4(
 ) -> tuple[Tensor, Tensor]:
     """Round weight `[out, in]` to 4 bits by group: the two tensors of an `Int4Linear`.
 
-    `weights` `[in]` are those of `find_grid`.
+    `weights` `[in]` weigh squared errors as in `find_grid`.
     """
     codes, grids = [], []
     for part in weight.float().split(max(1, 2**18 // weight.shape[1])):  # fits the CPU's caches
