@@ -1,10 +1,10 @@
-"""Compares two checkpoints of one vocabulary: is one still the model that the other is?
+"""Compares two checkpoints with the same vocabulary: are they still the same model?
 
-The reference is another file of this project, or a folder as published, run by transformers. Both
-read the same text, and at every position the next-token distributions are compared. The KL
-divergence D(reference || checkpoint) is what coding by the checkpoint costs, in nats a token, if
-the reference tells the truth (Kullback & Leibler 1951). Log-softmax is taken in float64: float32
-rounds it by 1e-6, and a wrong norm eps costs less.
+The reference is another file of this project, or a published folder run by transformers. Both read
+the same text, and their next-token distributions are compared at every position. The KL divergence
+D(reference || checkpoint), in nats a token, is the cost of coding with the checkpoint if the
+reference is right (Kullback & Leibler 1951). Log-softmax is computed in float64: in float32 it is
+off by 1e-6, more than a wrong norm eps costs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from engine import NOT_FINITE, Engine, Sampling, allocate_cache, generate, load
 from model import Transformer
 from tokenizer import Tokenizer
 
-CHUNK = 128  # positions a model runs at once: 128k logits of each are 64 MB in float32
+CHUNK = 128  # positions a pass; with 128k logits each they take 64 MB in float32
 ROWS = 16  # positions compared at once, in float64
-BLOCK = 64  # neighbouring positions are alike: the standard error goes by the means of so many
-PROMPT = 32  # tokens of the text that both continue if there is no --prompt
+BLOCK = 64  # positions averaged for the standard error, as neighbours are correlated
+PROMPT = 32  # tokens of the text that both continue without a --prompt
 
 # ------------------------------------------------------------------------------------------------
 # The two sides
@@ -37,7 +37,7 @@ PROMPT = 32  # tokens of the text that both continue if there is no --prompt
 class Ours:
     """A checkpoint of this project, one row at a time.
 
-    Logits are those of a prefill; the continuation is what generate.py decodes.
+    Logits come from prefill passes; the continuation is decoded as generate.py does.
     """
 
     def __init__(self, path: Path, model: Transformer, tokenizer: Tokenizer, compile: bool):
@@ -45,12 +45,12 @@ class Ours:
         self.vocab_size, self.context = model.args.vocab_size, model.args.block_size
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions."""
+        """Allocate a cache of `length` positions."""
         allocate_cache(self.model, 1, length)
         self.engine = Engine(self.model, "block" if self.compile else None, self.compile)
 
     def logits(self, ids: list[int], begin: int, keep: int) -> Tensor:
-        """Logits `[keep, V]` after the last of the tokens `ids`, which stand from `begin` on."""
+        """Logits `[keep, V]` after the last `keep` of `ids`, tokens from position `begin` on."""
         end, device = begin + len(ids), self.model.device
         idx = torch.tensor([ids], device=device)  # [1, T]
         pos = torch.arange(begin, end, device=device)[None]
@@ -58,7 +58,7 @@ class Ours:
         return self.engine.prefill_step(idx, pos, self.model.kv_steps(end), last).logits[0]
 
     def continuation(self, prompt: list[int], count: int, ends: set[int], size: int) -> list[int]:
-        """Up to `count` greedy tokens after the prompt, of the first `size` ids."""
+        """Up to `count` greedy tokens after the prompt, from the first `size` ids."""
 
         def unpadded(_row: int, _ids: list[int], logits: Tensor) -> Tensor:
             logits[size:] = -math.inf
@@ -70,7 +70,7 @@ class Ours:
 
 
 class HuggingFace:
-    """A folder as published, run by transformers."""
+    """A published folder, run by transformers."""
 
     def __init__(self, path: Path, device: torch.device, precision: str):
         try:
@@ -83,7 +83,7 @@ class HuggingFace:
         options = {"dtype": getattr(torch, precision), "local_files_only": True}
         options |= {"trust_remote_code": False, "output_loading_info": True}
         from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
-        transformers.logging.set_verbosity_error()  # what is wrong is said below
+        transformers.logging.set_verbosity_error()  # errors are reported below
         try:
             model, info = from_pretrained(path, **options)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -91,20 +91,20 @@ class HuggingFace:
             what = f"transformers cannot read the folder {path} ({reason})"
             raise UserError(f"{what}; name one as published, or a model.pth") from None
         missing = sorted(info["missing_keys"])
-        if missing:  # transformers goes on with random numbers
+        if missing:  # transformers fills them with random numbers
             raise UserError(f"{path} lacks the tensor {missing[0]}; fetch the folder again")
         self.model, self.cache = model.to(device).requires_grad_(False), None
-        known = inspect.signature(model.forward).parameters  # of newer versions `cache`
+        known = inspect.signature(model.forward).parameters  # `cache` in newer versions
         self.cache_name = "cache" if "cache" in known else "past_key_values"
         config = model.config.get_text_config()
         self.vocab_size = config.vocab_size
         self.context = getattr(config, "max_position_embeddings", None) or 2**24
 
     def reserve(self, length: int) -> None:
-        """Nothing: the cache of transformers grows."""
+        """Does nothing: the cache of transformers grows."""
 
     def logits(self, ids: list[int], begin: int, keep: int) -> Tensor:
-        """Logits `[keep, V]` after the last of the tokens `ids`, which stand from `begin` on."""
+        """Logits `[keep, V]` after the last `keep` of `ids`, tokens from position `begin` on."""
         idx = torch.tensor([ids], device=self.model.device)
         self.cache = self.cache if begin else None
         output = self.model(idx, use_cache=True, **{self.cache_name: self.cache})
@@ -112,7 +112,7 @@ class HuggingFace:
         return output.logits[0, -keep:]
 
     def continuation(self, prompt: list[int], count: int, ends: set[int], size: int) -> list[int]:
-        """Up to `count` greedy tokens after the prompt, of the first `size` ids."""
+        """Up to `count` greedy tokens after the prompt, from the first `size` ids."""
         (logits,), text = chunks(self, prompt, len(prompt) - 1), [*prompt]
         while len(text) < len(prompt) + count:
             text.append(logits[-1, :size].argmax().item())
@@ -126,7 +126,7 @@ Side = Ours | HuggingFace
 
 
 def open_reference(args: Namespace, device: torch.device, shard) -> Side:
-    """What --against names, on --against_device; the checkpoint's device and precision if not."""
+    """Load --against on `device`, in --against_precision or else that of the checkpoint."""
     path, precision = args.against, args.against_precision or args.precision
     if path.is_dir():
         return HuggingFace(path, device, precision)
@@ -134,7 +134,7 @@ def open_reference(args: Namespace, device: torch.device, shard) -> Side:
 
 
 def common_vocabulary(sides: tuple[Side, Side], text: str) -> int:
-    """How many ids both know, without padding; UserError unless they mean the same by them."""
+    """The number of shared token ids, without padding; UserError if the vocabularies differ."""
     names = []
     for side in sides:
         controls = {i: name for name, i in side.tokenizer.controls.items()}
@@ -161,7 +161,7 @@ def common_vocabulary(sides: tuple[Side, Side], text: str) -> int:
 
 
 def chunks(side: Side, ids: list[int], first: int) -> Iterator[Tensor]:
-    """Run tokens from an empty cache; yield logits `[N, V]` after those from `first` on."""
+    """Run tokens on an empty cache in chunks; yield logits `[N, V]` from position `first` on."""
     for begin in range(0, len(ids), CHUNK):
         part = ids[begin : begin + CHUNK]
         keep = min(len(part), begin + len(part) - first)
@@ -173,19 +173,19 @@ def chunks(side: Side, ids: list[int], first: int) -> Iterator[Tensor]:
 
 
 class Measures(NamedTuple):
-    """What is found at each position, float64 `[N]` each."""
+    """Metrics at each position, float64 `[N]` each."""
 
     kl: Tensor  # D(reference || checkpoint)
-    nats: Tensor  # negative log probability of the text's token
+    nats: Tensor  # negative log probability of the text's next token
     reference_nats: Tensor
-    difference: Tensor  # the largest of a logit
-    agree: Tensor  # 1 where both are likeliest to go on with the same token
+    difference: Tensor  # largest absolute difference of a logit
+    agree: Tensor  # 1 where the argmax is the same
 
 
 def measure(logits: Tensor, reference: Tensor, targets: Tensor) -> Measures:
-    """Compare the logits `[N, V]` of both sides, where the text goes on with targets `[N]`."""
+    """Compare the logits `[N, V]` of both sides; targets `[N]` are the text's next tokens."""
     mine, other = logits.log_softmax(-1), reference.log_softmax(-1)
-    # Not other.exp(): it may be MKL's, whose fault `model.rotations` describes.
+    # Not other.exp(): it may be MKL's, see `model.rotations`.
     kl = (reference.softmax(-1) * (other - mine)).sum(-1)
     nats = [-x.gather(-1, targets[:, None])[:, 0] for x in (mine, other)]
     agree = logits.argmax(-1) == reference.argmax(-1)
@@ -210,9 +210,9 @@ def measures(sides: tuple[Side, Side], pairs: list, size: int) -> Measures:
 
 
 def standard_error(values: Tensor) -> float | None:
-    """That of the mean of values `[N]`, by the means of blocks; None if there is one block.
+    """Standard error of the mean of values `[N]`, from block means; None for a single block.
 
-    It is that of a ratio of sums, as the last block may be shorter.
+    It is computed as for a ratio of sums, since the last block may be shorter.
     """
     blocks = values.split(BLOCK)
     if len(blocks) < 2:
@@ -222,11 +222,11 @@ def standard_error(values: Tensor) -> float | None:
 
 
 # ------------------------------------------------------------------------------------------------
-# The whole
+# The comparison and its report
 
 
 def compare(sides: tuple[Side, Side], text: str, pairs: list, args: Namespace) -> dict:
-    """Compare the checkpoint and its reference, in this order; print and return the figures."""
+    """Compare `(checkpoint, reference)`; prints and returns the metrics."""
     ours, reference = sides
     size = common_vocabulary(sides, text)
     prompt = ours.tokenizer.encode(args.prompt) if args.prompt else sum(pairs[0], [])[: PROMPT + 1]
@@ -262,7 +262,7 @@ def exceeds(figures: dict) -> bool:
 
 
 def verdict(figures: dict) -> str:
-    """The answer in a line."""
+    """The result in one line."""
     error = figures["kl_standard_error"]
     kl = f"{figures['kl']:.3g}" + ("" if error is None else f" ± {error:.1g}")
     if figures["largest_logit_difference"] == 0:
@@ -274,7 +274,7 @@ def verdict(figures: dict) -> str:
 
 
 def report(figures: dict, tokenizer: Tokenizer, texts: list[list[int]]) -> None:
-    """Print the figures, a line each, and the verdict last."""
+    """Print one line for each metric, and the verdict last."""
     place = figures["texts_part_at"]
     print(f"perplexity {figures['perplexity']:.4f}, ", end="")
     print(f"of the reference {figures['reference_perplexity']:.4f}, {figures['tokens']} tokens")

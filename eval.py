@@ -1,12 +1,12 @@
-"""Measures a checkpoint: on lm-eval's tasks, by the perplexity of a text, or against another one.
+"""Evaluates a checkpoint: lm-eval tasks, perplexity of a text, or comparison with a reference.
 
     python eval.py --tasks hellaswag winogrande --limit 100
     python eval.py --perplexity book.txt
     python eval.py --perplexity book.txt --checkpoint_path model_int8.pth --against model.pth
 
-A task asks for the log probability of a continuation after a context (four endings of one story,
-say), for that of a whole page, or for new text. Scores agree with those of lm-eval's own adapter
-for Hugging Face models. What differs is the work: requests with the same context prefill it once.
+A task asks for the log probability of a continuation after a context (such as four endings of one
+story), for that of a whole page, or for generated text. Scores match those of lm-eval's own adapter
+for Hugging Face models (HFLM), but requests that share a context prefill it once.
 
 lm-eval is Gao et al. 2024, https://github.com/EleutherAI/lm-evaluation-harness.
 """
@@ -40,22 +40,22 @@ from tokenizer import StreamDecoder, Tokenizer
 try:
     import lm_eval
     from lm_eval.api.model import TemplateLM
-except ImportError:  # --perplexity does without
+except ImportError:  # not needed by --perplexity
     lm_eval, TemplateLM = None, object
 
 Pair = tuple[list[int], list[int]]  # the token ids of a context and of its continuation
-Score = tuple[float, bool]  # log probability of a continuation, and whether greedy would give it
+Score = tuple[float, bool]  # log probability of a continuation, and whether it is the greedy one
 
 # ------------------------------------------------------------------------------------------------
-# What is scored together, and what one after the other
+# Cutting texts and grouping requests
 
 
 def windows(ids: list[int], window: int, stride: int) -> Iterator[Pair]:
     """Cut a text into a context and a continuation for each pass of `window` tokens.
 
-    Every token after the first is in one continuation. Those of the first pass see all that is
-    before them. Each further pass moves on by `stride`, and its tokens see `window - stride` or
-    more before them. With stride = window, it is how lm-eval cuts a page.
+    Every token after the first is in exactly one continuation. Tokens of the first pass see
+    everything before them. Each further pass advances by `stride`; its tokens see at least
+    `window - stride` before them. stride = window is how lm-eval cuts a page.
     """
     begin, end = 1, min(1 + window, len(ids))
     while begin < end:
@@ -64,14 +64,14 @@ def windows(ids: list[int], window: int, stride: int) -> Iterator[Pair]:
 
 
 def by_context(pairs: list[Pair]) -> list[list[int]]:
-    """Indices of the pairs that share a context, as a list for each context, longest first.
+    """Group the indices of pairs by context, longest first.
 
-    Sorted by both lengths, neighbours need little padding: a tenth less, on the tasks tried, than
-    by the exact length of the context.
+    Sorting by both lengths reduces padding: a tenth less, on the tasks tried, than sorting by the
+    exact context length.
     """
     groups = collections.defaultdict(list)
     for i, (context, _) in enumerate(pairs):
-        # A single token is not worth sharing, and every page starts with the same one.
+        # A context of one token, such as the BOS of every page, is not worth sharing.
         groups[tuple(context), i if len(context) == 1 else None].append(i)
     for group in groups.values():
         group.sort(key=lambda i: -len(pairs[i][1]))
@@ -83,19 +83,19 @@ def by_context(pairs: list[Pair]) -> list[list[int]]:
 
 
 def batches(items: list, size: int, title: str) -> Iterator[list]:
-    """Lists of `size` items and a last one of what is left, with a progress bar."""
+    """Batches of `size` items, the last one possibly shorter, with a progress bar."""
     for begin in tqdm(range(0, len(items), size), title, unit="batch"):
         yield items[begin : begin + size]
 
 
 # ------------------------------------------------------------------------------------------------
-# What lm-eval calls
+# The model that lm-eval calls
 
 
 class Evaluator(TemplateLM):
-    """Text in, scores and text out; contexts are split, begun and cut as lm-eval's HFLM does it.
+    """lm-eval's interface to a model; tokenization, BOS and truncation follow lm-eval's HFLM.
 
-    One thing is not: the name of a special token in a document is text here, as everywhere else.
+    One exception: the name of a special token in a document is text here, as everywhere else.
     `max_length` is the window: no token is predicted from more tokens than that.
     """
 
@@ -110,7 +110,7 @@ class Evaluator(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self.compile = model, tokenizer, compile
         self.batch_size, self.max_length, self.rows = batch_size, max_length, 0
-        self.engine: Engine | None = None  # made with the cache
+        self.engine: Engine | None = None  # created with the cache
 
     @property
     def eot_token_id(self) -> int:
@@ -119,7 +119,7 @@ class Evaluator(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it: BOS, else EOS."""
+        """The context of a text without one: BOS, else EOS."""
         bos_id = self.tokenizer.bos_id
         return self.eot_token_id if bos_id is None else bos_id
 
@@ -127,9 +127,9 @@ class Evaluator(TemplateLM):
         return self.tokenizer.encode(text, bos=add_special_tokens is not False)
 
     def reserve(self, requests: int, length: int) -> int:
-        """Make room for `length` positions; return the rows of a batch, the same for all batches.
+        """Allocate `length` cache positions; return the batch size, the same for all batches.
 
-        Compiled code knows the shape of the cache: it is made again when the cache is.
+        Compiled code is specialized to the cache's shape, so it is compiled again with a new cache.
         """
         rows = min(requests, self.batch_size)
         if rows != self.rows or length > self.model.max_seq_length:
@@ -144,10 +144,10 @@ class Evaluator(TemplateLM):
         return rows
 
     def score(self, pairs: list[Pair]) -> list[Score]:
-        """Score each continuation after its context, which has one token or more.
+        """Score each continuation after its context of at least one token.
 
-        A batch holds one context a row. What lies beyond a row's positions is never looked at, so
-        the continuations of a context follow it in turn, each written over the one before.
+        A batch holds one context a row. Its continuations run in turn, each overwriting the last in
+        the cache: attention never reads beyond a row's positions.
         """
         if not pairs:
             return []
@@ -156,14 +156,14 @@ class Evaluator(TemplateLM):
         rows = self.reserve(len(groups), longest - 1)
         for batch in batches(groups, rows, "scoring"):
             padding = [[]] * (rows - len(batch))
-            # The last token of a context is fed with each continuation, whose first it predicts.
+            # A context's last token is fed with each continuation: it predicts the first token.
             contexts = [pairs[group[0]][0][:-1] for group in batch] + padding
             lengths = done = [*map(len, contexts)]
             if max(sum(map(len, pairs[group[0]])) for group in batch) <= PREFILL_CHUNK // rows:
-                done = [0] * rows  # short: the first turn takes the contexts along
+                done = [0] * rows  # short: fed with the first continuations
             else:
                 self.engine.prefill(contexts)
-            for turn in itertools.zip_longest(*batch):  # a request of each row, or None
+            for turn in itertools.zip_longest(*batch):  # a request for each row, or None
                 tokens = [[] if i is None else pairs[i][0][-1:] + pairs[i][1] for i in turn]
                 tokens = [
                     c[n:] + row for c, n, row in zip(contexts, done, tokens + padding, strict=True)
@@ -173,10 +173,10 @@ class Evaluator(TemplateLM):
         return [scores[i] for i in range(len(pairs))]
 
     def follow(self, starts: list[int], contexts: list[int], rows: list[list[int]]) -> list[Score]:
-        """Score what follows a context and one more token in each row.
+        """Score the tokens of each row that come after its context and one more token.
 
-        Its tokens stand after `starts` others in the cache, which are the context's or none;
-        `contexts` are the lengths of the contexts, of those in the row and in the cache together.
+        A row goes to position `starts` of the cache: 0, or after its context if that was prefilled.
+        `contexts` are the context lengths, whether in the cache or at the start of the row.
         """
         spare, device = self.model.max_seq_length, self.model.device
         totals, greedy = [0.0] * len(rows), [True] * len(rows)
@@ -208,7 +208,7 @@ class Evaluator(TemplateLM):
                 for i in places
             ]
             targets = torch.tensor(next_tokens, device=device)  # [N]
-            # Not logsumexp(): its exp() may be MKL's, whose fault `model.rotations` describes.
+            # Not logsumexp(): its exp() may be MKL's, see `model.rotations`.
             log_probs = -F.cross_entropy(logits, targets, reduction="none")
             if not log_probs.isfinite().all():
                 raise UserError(NOT_FINITE)
@@ -219,7 +219,7 @@ class Evaluator(TemplateLM):
         return [*zip(totals, greedy, strict=True)]
 
     def _loglikelihood_tokens(self, requests: list[tuple], **_) -> list[Score]:
-        """Score `(texts, context, continuation)`; a context that is too long loses its start."""
+        """Score `(texts, context, continuation)`; too long a context is truncated from the left."""
         pairs = []
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
@@ -232,7 +232,7 @@ class Evaluator(TemplateLM):
         return self.score(pairs)
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
-        """Log probabilities of whole pages, each token seeing up to `max_length` before it."""
+        """Log probabilities of whole pages, each token with up to `max_length` tokens before it."""
         pages = []
         for request in requests:
             ids = [self.prefix_token_id, *self.tok_encode(request.args[0])]
@@ -241,7 +241,7 @@ class Evaluator(TemplateLM):
         return [sum(next(scores)[0] for _ in page) for page in pages]
 
     def generate_until(self, requests: list) -> list[str]:
-        """Continue contexts, those with the same settings together, longest first."""
+        """Generate after each context, batched by equal settings, longest first."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
         groups, texts = collections.defaultdict(list), {}
@@ -295,7 +295,7 @@ class Evaluator(TemplateLM):
 
 
 # ------------------------------------------------------------------------------------------------
-# The measurements
+# Tasks, perplexity, comparison
 
 
 def run_tasks(evaluator: Evaluator, args: Namespace) -> dict:
@@ -306,7 +306,7 @@ def run_tasks(evaluator: Evaluator, args: Namespace) -> dict:
     options = {"limit": args.limit, "num_fewshot": args.num_fewshot, "log_samples": False}
     with tasks.explaining(names):
         results = lm_eval.simple_evaluate(evaluator, tasks=names, task_manager=manager, **options)
-    results = results or {}  # lm-eval keeps them from all ranks of torchrun but one
+    results = results or {}  # under torchrun, lm-eval returns them on one rank only
     for part in ("results", "groups"):
         if results.get(part):
             print(make_table(results, part))
@@ -314,10 +314,10 @@ def run_tasks(evaluator: Evaluator, args: Namespace) -> dict:
 
 
 def read_passes(evaluator: Evaluator, args: Namespace) -> tuple[str, list[Pair], dict]:
-    """The text of --perplexity, the passes over it, and how they were cut.
+    """The text of --perplexity, the passes over it, and their window and stride.
 
-    Each token is scored once, after at least window - stride tokens before it (or all, if there
-    are fewer), and the first after BOS.
+    Each token is scored once, with at least window - stride tokens before it (or all, if there are
+    fewer), and the first after BOS.
     """
     text = read_text(args.perplexity)
     ids = evaluator.tok_encode(text, add_special_tokens=False)
@@ -332,9 +332,9 @@ def read_passes(evaluator: Evaluator, args: Namespace) -> tuple[str, list[Pair],
 
 
 def perplexity(evaluator: Evaluator, args: Namespace) -> dict:
-    """Print the perplexity of a text file; returns the figures.
+    """Print the perplexity of a text file; returns the metrics.
 
-    It is exp of the mean negative log probability of the file's tokens.
+    Perplexity is exp of the mean negative log probability of the file's tokens.
     """
     text, passes, cut = read_passes(evaluator, args)
     tokens = sum(len(continuation) for _, continuation in passes)
@@ -346,7 +346,7 @@ def perplexity(evaluator: Evaluator, args: Namespace) -> dict:
 
 
 def against(evaluator: Evaluator, path: Path, args: Namespace, shard: tp.Shard | None) -> dict:
-    """Compare the checkpoint with that of --against on a text; returns the figures."""
+    """Compare the checkpoint with --against on a text; returns the metrics."""
     name, own = args.against_device, evaluator.model.device
     if name and shard:
         raise UserError("--against_device is of one process; leave it out under torchrun")
@@ -375,7 +375,7 @@ def make_parser() -> Parser:
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval tasks, such as arc_*")
     what.add_argument("--perplexity", type=named_path, metavar="FILE", help="perplexity of a text")
     add("--stride", type=bounded(int, 1), help="of --perplexity (default: half of the window)")
-    add("--batch_size", type=bounded(int, 1), default=8, help="contexts run at once (default: 8)")
+    add("--batch_size", type=bounded(int, 1), default=8, help="contexts in a batch (default: 8)")
     add("--output_path", type=output_file, metavar="FILE", help="write the results as JSON")
     add = parser.group("tasks")
     add("--limit", type=bounded(int, 1), help="documents of each task (default: all)")
@@ -386,7 +386,7 @@ def make_parser() -> Parser:
         "--against",
         type=named_path,
         metavar="FILE_OR_FOLDER",
-        help="a reference on the text of --perplexity, a checkpoint or a Hugging Face folder: "
+        help="reference checkpoint or Hugging Face folder, compared on the text of --perplexity: "
         "KL(reference || checkpoint)",
     )
     add("--against_device", help="device of the reference (default: the checkpoint's)")
@@ -398,7 +398,7 @@ def make_parser() -> Parser:
 
 
 def check_flags(args: Namespace) -> None:
-    """Raise a UserError if a flag has nothing to go with."""
+    """Raise a UserError if a flag has no effect without another."""
     if args.stride and args.tasks:
         raise UserError("--stride goes with --perplexity; leave it out")
     goes_with = dict.fromkeys(("limit", "num_fewshot", "include_path"), "tasks")
@@ -420,7 +420,7 @@ def main(args: Namespace) -> None:
     check_flags(args)
     with tp.joined(args.device) as (device, shard):
         results, settings = evaluate(args, device, shard)
-    if shard and shard.rank:  # rank 0 writes, and has the exit code: torchrun ends the others
+    if shard and shard.rank:  # rank 0 writes and sets the exit code: torchrun would end the others
         return
     if args.output_path:
         results["config"] = results.get("config", {}) | settings
@@ -431,7 +431,7 @@ def main(args: Namespace) -> None:
 
 
 def evaluate(args: Namespace, device: torch.device, shard: tp.Shard | None) -> tuple[dict, dict]:
-    """The scores that the flags ask for, and what they are of."""
+    """The results that the flags ask for, and the settings they were measured with."""
     path = args.checkpoint_path or tp.in_turn(default_checkpoint)
     model, tokenizer = load(path, device, args.precision, shard)
     window = args.max_seq_length or model.args.block_size
@@ -442,7 +442,7 @@ def evaluate(args: Namespace, device: torch.device, shard: tp.Shard | None) -> t
         results = against(evaluator, path, args, shard)
     else:
         results = run_tasks(evaluator, args) if args.tasks else perplexity(evaluator, args)
-    evaluator.engine = None  # with its CUDA graphs, for which NCCL would wait
+    evaluator.engine = None  # frees its CUDA graphs, for which NCCL would wait
     settings = {"model": str(path), "device": str(device), "precision": args.precision}
     settings |= {"max_seq_length": evaluator.max_length, "batch_size": args.batch_size}
     return results, settings

@@ -1,11 +1,12 @@
 """A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538) in place of a layer's FFN.
 
-A router scores all experts, and each token goes through the few with the highest scores. Nothing
-else is read: one operator runs all chosen experts of a layer. Without it, tokens are sorted by
-expert; what must not wait for the device, or is compiled, gathers the chosen experts' weights.
+A router scores all experts, and each token goes through the few with the highest scores. Where the
+kernels allow, one operator runs all chosen experts of a layer and reads no others. Otherwise tokens
+are sorted by expert, or, in compiled code and where the host must not wait for the device, the
+chosen experts' weights are gathered.
 
-The experts of a layer are stored as one tensor of each name with a leading dimension
-`[experts, ...]`, in any scheme of linear.py. Shapes: N tokens, E experts, k of them chosen.
+The experts of a layer are stacked in one tensor of each name, `[experts, ...]`, in any scheme of
+linear.py. Shapes: N tokens, E experts, k of them chosen.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from linear import Int8ActivationLinear, Linear, int_matmul, kernels_for
 
 
 def one_expert(linear: Linear, expert: int) -> Linear:
-    """The Linear of one expert, on the memory of all."""
+    """The Linear of one expert, a view of the stack."""
     part = copy.copy(linear)
     part._parameters = {
         name: None if tensor is None else tensor[expert]
@@ -36,7 +37,7 @@ def one_expert(linear: Linear, expert: int) -> Linear:
 
 
 def multiply_chosen(linear: Linear, x: Tensor, chosen: Tensor) -> Tensor:
-    """Row i of x `[n, in]` times the weight of expert chosen[i]: `[n, out]`."""
+    """Multiply row i of x `[n, in]` by the weight of expert chosen[i]: `[n, out]`."""
     if isinstance(linear, Int8ActivationLinear):
         step = linear.peak(x.abs().amax(-1, keepdim=True).float()).clamp(min=1e-12) / 127
         codes = (x.float() / step).round().to(torch.int8).unsqueeze(1)  # [n, 1, in]
@@ -47,7 +48,7 @@ def multiply_chosen(linear: Linear, x: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """Chooses experts and their shares, in float32; it is never quantized."""
+    """Chooses experts and their weights (`shares`), in float32; it is never quantized."""
 
     def __init__(self, dim: int, options: Any):
         super().__init__()
@@ -57,7 +58,7 @@ class Router(nn.Module):
         self.register_buffer("tiles", None, persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Router:
-        """Keep the bias in float32 when the model goes to another dtype: its digits decide."""
+        """Keep the bias in float32 in any model dtype: rounding it would change the choice."""
         before = None if self.bias is None else self.bias.data
         super()._apply(fn, recurse)
         if before is not None:
@@ -67,19 +68,19 @@ class Router(nn.Module):
         return self
 
     def pack_weights(self) -> None:
-        """Pack the weight for this device's operators, if it is bf16."""
+        """Pack a bf16 weight for this device's operators."""
         kernels = kernels_for(self.weight.device.type)
         packed = kernels.pack(self.weight.data) if kernels else None
         self.tiles = packed[0] if packed else None
 
     def forward(self, x: Tensor, prefill: bool) -> tuple[Tensor, Tensor]:
-        """The experts of each row of x `[N, dim]`, and what each adds its share of: `[N, k]`."""
+        """The chosen experts of each row of x `[N, dim]`, and their shares: `[N, k]` each."""
         options, weight, rows = self.options, self.weight, x.float()
         if self.tiles is not None:
             logits = torch.ops.tokenbus.linear_float32(x, self.tiles, options.experts)  # [N, E]
         elif prefill:
             logits = F.linear(rows, weight.float())
-        else:  # each row by itself, so that no choice depends on the rows beside it
+        else:  # row by row: the choice must not depend on the batch
             weight = weight.float().expand(len(x), -1, -1)
             logits = torch.bmm(weight, rows.unsqueeze(-1)).squeeze(-1)
         scores = logits.sigmoid() if options.score == "sigmoid" else logits.softmax(-1)
@@ -91,9 +92,9 @@ class Router(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The FFNs of all experts, SwiGLU each, and one that every token goes through, if any.
+    """A SwiGLU FFN for each expert, and `shared`, one for all tokens, if there is one.
 
-    `options` are a `model.Mixture`.
+    `options` is a `model.Mixture`.
     """
 
     def __init__(self, dim: int, options: Any, act: Callable, shared: nn.Module | None):
@@ -105,15 +106,15 @@ class MixtureOfExperts(nn.Module):
         self.w2 = Linear(options.width, dim, experts=options.experts)
 
     def hooked(self) -> bool:
-        """Whether a hook is to see what the experts' Linears get or give: ranks, or a profile."""
+        """Whether the experts' Linears have hooks: collectives, or a profile."""
         linears = self.w1, self.w3, self.w2
         parts = (*linears, *(linear.peak for linear in linears if hasattr(linear, "peak")))
         return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
     def has_operator(self, prefill: bool, gpu: bool) -> bool:
-        """Whether one operator runs all experts, whose weights it takes.
+        """Whether one operator can run all chosen experts.
 
-        A GPU's only decodes, and wants w1 and w3 stored alike.
+        On a GPU it only decodes, and w1 and w3 must be stored alike.
         """
         linears = self.w1, self.w3, self.w2
         a8 = {isinstance(linear, Int8ActivationLinear) for linear in linears}
@@ -126,7 +127,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, prefill: bool) -> Tensor:
         rows = x.flatten(0, -2)  # [N, dim]
         chosen, shares = self.router(rows, prefill)
-        # What may wait for the device: a CPU, and a profile, whose hooks see the experts' Linears.
+        # The host may wait on a CPU, and in a profile, whose hooks need the experts' Linears.
         waits = x.device.type == "cpu" or bool(self.w1._forward_hooks)
         waits = waits and not torch.compiler.is_compiling()
         if self.has_operator(prefill, x.is_cuda):
@@ -143,14 +144,14 @@ class MixtureOfExperts(nn.Module):
         return y if self.shared_gate is None else y * self.shared_gate(x).sigmoid()
 
     def by_operator(self, x: Tensor, chosen: Tensor, shares: Tensor, prefill: bool) -> Tensor:
-        """The sum over each row's experts in the order of their numbers: float32 `[N, dim]`."""
+        """The weighted sum of each row's experts, in order of expert index: float32 `[N, dim]`."""
         linears = self.w1, self.w3, self.w2
         packed = [tensor for linear in linears for tensor in (linear.tiles, linear.grid)]
         a8 = isinstance(self.w2, Int8ActivationLinear)
         return torch.ops.tokenbus.experts(x, chosen, shares, *packed, a8, prefill)
 
     def by_expert(self, x: Tensor, chosen: Tensor, shares: Tensor, prefill: bool) -> Tensor:
-        """The same, one expert after the other with all its tokens."""
+        """The same, one expert at a time with all its tokens."""
         chosen, shares = chosen.flatten(), shares.flatten()  # [N * k]
         order = chosen.argsort(stable=True)
         experts, counts = chosen.unique(return_counts=True)
@@ -163,7 +164,7 @@ class MixtureOfExperts(nn.Module):
         return y
 
     def by_row(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """The same for few tokens, without asking the device which experts they chose."""
+        """The same for few tokens, without a sync to learn which experts they chose."""
         experts, x = chosen.flatten(), x.repeat_interleave(chosen.shape[1], 0)  # [N * k, dim]
         h = self.act(multiply_chosen(self.w1, x, experts)) * multiply_chosen(self.w3, x, experts)
         y = multiply_chosen(self.w2, h, experts).float() * shares.view(-1, 1)

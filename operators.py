@@ -1,8 +1,8 @@
-"""The project's own operators: their schemas, the shapes they return, and what can be fused.
+"""Custom operators: their schemas, output shapes, and which models can be fused.
 
-kernels.py implements them in C++ for CPUs, kernels_cuda.py in Triton for GPUs. torch.compile and
-torch.cuda.graph see opaque calls. The operators take whole KV caches, never views, so that no
-compiled code clones a cache.
+kernels.py implements them in C++ for CPUs, kernels_cuda.py in Triton for GPUs. To torch.compile and
+torch.cuda.graph they are opaque calls. They take whole KV caches, never views, so that compiled
+code never clones a cache.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# x is [M, in], `packed` a weight as `pack` of those files makes it, `grid` its scales. `prefill`
-# says which arithmetic a product uses, for any number of rows. `peaks`, float32 [M, 1], are the
-# largest magnitudes of the rows of x. linear_float32 takes a bf16 weight and does not round y.
-# Attention: qkv [B, T, heads, D], input_pos [B, T], caches [B, KV heads, S + 1, D], freqs_cis
-# [S + 1, D/2, 2], q [B, T, H, D]. Experts: chosen int64 and shares float32 [M, k], weights with a
-# leading dimension, `a8` if they are int8-activation. They return float32 [M, in]: the sum, in the
-# order of the experts' numbers, of shares * w2(silu(w1 x) * w3 x).
+# x is [M, in], `packed` a weight from `pack` of those files, `grid` its scales. `prefill` selects
+# the arithmetic of a matmul, for any number of rows. `peaks`, float32 [M, 1], are the largest
+# magnitudes in each row of x. linear_float32 takes a bf16 weight and does not round y. Attention:
+# qkv [B, T, heads, D], input_pos [B, T], caches [B, KV heads, S + 1, D], freqs_cis [S + 1, D/2, 2],
+# q [B, T, H, D]. Experts: chosen int64 and shares float32 [M, k], weights with a leading expert
+# dimension, `a8` for int8-activation. They return float32 [M, in]: the sum, in order of expert
+# index, of shares * w2(silu(w1 x) * w3 x).
 SCHEMAS = (
     "linear_bf16(Tensor x, Tensor packed, int out, bool prefill) -> Tensor",
     "linear_float32(Tensor x, Tensor packed, int out) -> Tensor",
@@ -60,17 +60,17 @@ for schema in SCHEMAS:
 for name, fake in FAKES.items():
     torch.library.register_fake(f"tokenbus::{name}", fake, lib=library)
 
-# What the fused models compute: blocks of Llama, Qwen2 and Qwen3. Any other property of ModelArgs
-# and LayerKind must have its default.
+# The properties that fused models support: blocks of Llama, Qwen2 and Qwen3. Any other field of
+# ModelArgs and LayerKind must have its default.
 FUSED = {"dim", "n_layer", "vocab_size", "block_size", "intermediate_size", "kinds", "layers"}
 FUSED |= {"norm_eps", "qk_norm", "tied", "biases", "mixture"}
 FUSED |= {"n_head", "n_local_heads", "head_dim", "window", "rope", "rope_scale", "scale"}
 
 
 def fusible(args: Any, mixtures: bool = False, flat_norms: bool = False) -> bool:
-    """Whether the fused models compute all that these ModelArgs ask for.
+    """Whether a fused model can run these ModelArgs.
 
-    `mixtures`, `flat_norms`: one that also takes experts without a shared one, and flat q/k norms.
+    `mixtures`, `flat_norms`: it also supports experts without a shared one, or flat q/k norms.
     """
     for part in (args, *args.kinds):
         for field in dataclasses.fields(part):

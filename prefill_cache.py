@@ -1,12 +1,12 @@
-"""A prefix cache in memory and on disk: a context that comes back is prefilled once.
+"""A prefix cache in memory and on disk: a repeated context is prefilled once.
 
 An entry serves every prompt that shares a prefix with it, up to where the two diverge: a token's
 keys and values depend only on the tokens before it. Entries are looked up by token ids, not text.
 
 On disk an entry is one safetensors file (https://github.com/huggingface/safetensors, "Format") with
-one tensor. A file is used only if this user alone can have written it, if its header is byte for
-byte the one this model would write, and if a SHA-256 of header and data matches; otherwise the
-context is prefilled again. The library would write the same header in random order.
+one tensor. A file is used only if no other user can have written it, its header is byte for byte
+the one this model would write, and the SHA-256 of header and data matches; otherwise the context is
+prefilled again. The header is written here because the library's key order is random.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class Folder:
     ) -> Entry | None:
         """The entry with the longest common prefix with `wanted`, if longer than `length`.
 
-        A file is read whole, so one of which less than a sixteenth would be used is skipped.
+        Files are read whole, so one is skipped if less than a sixteenth of it would be used.
         """
         found = []
         for match in self.names():
@@ -233,7 +233,7 @@ class Folder:
         return self.tokens[name]
 
     def checked(self, name: str, reader):
-        """`reader(name)`; None if the file is gone or, with a warning, unusable."""
+        """`reader(name)`, or None if the file is gone or, with a warning, unusable."""
         try:
             return reader(name)
         except FileNotFoundError:  # evicted by another process
@@ -249,9 +249,9 @@ class Folder:
             os.utime(self.path / name)
 
     def write(self, model_id: str, entry: Entry) -> None:
-        """Write an entry, readable by its owner only, and evict files until the rest fits.
+        """Write an entry, readable by its owner only; evict files until the rest fits.
 
-        Failure is only a warning: the text does not depend on it.
+        A failure only warns: the generated text does not depend on it.
         """
         data = bytearray(entry.kv.nbytes)
         flat = torch.frombuffer(data, dtype=entry.kv.dtype)
@@ -268,7 +268,7 @@ class Folder:
             with replacing(path) as temporary:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
                 with open(os.open(temporary, flags, 0o600), "wb") as file:
-                    os.fchmod(file.fileno(), 0o600)  # it may be left over from a killed process
+                    os.fchmod(file.fileno(), 0o600)  # a killed process may have left it
                     file.write(header)
                     file.write(data)
         except UserError as error:
@@ -277,9 +277,9 @@ class Folder:
         self.trim()
 
     def trim(self) -> None:
-        """Evict least recently used files, other processes' included, until the rest fits.
+        """Evict least recently used files, including other processes', until the rest fits.
 
-        Files still being written count but stay, unless they are so old that their writer is dead.
+        Files still being written count but stay, unless their age shows that the writer is dead.
         """
         files, used = [], 0
         for name in self.listing():
@@ -355,7 +355,7 @@ def read_tokens(path: Path) -> list[int]:
 
 
 def read(path: Path, model_id: str, model: Transformer) -> Entry:
-    """The entry of a model in a file; `ValueError` unless every byte is as written."""
+    """Read an entry of this model; `ValueError` unless every byte is as written."""
     tokens = read_tokens(path)
     slots = model.layers[0].attention.kv_cache.k_cache  # [B, H, S + 1, D]
     shape = torch.Size((len(model.layers), 2, slots.shape[1], len(tokens), slots.shape[3]))
@@ -393,7 +393,7 @@ def name_of(model_id: str, tokens: list[int]) -> str:
 
 
 def digest_of(header: bytes, data: bytearray) -> str:
-    """The SHA-256 of a file whose header has zeros in its place."""
+    """The SHA-256 of a file, computed with zeros in place of itself."""
     digest = hashlib.sha256(header)
     digest.update(data)
     return digest.hexdigest()

@@ -294,7 +294,7 @@ def make_parser() -> Parser:
         help="int8 in a hybrid: names, globs, @FILE; NAME=int4.g32 is int4 in groups of 32",
     )
     add(
-        "--label", default="_", help="what separates `model` and the scheme in the file's name"
+        "--label", default="_", help="text placed between `model` and the scheme in the file's name"
     )
     add("--gptq", action="store_true", help="use GPTQ for the int4 part of a hybrid")
     add_calibration_flags(parser)

@@ -1,7 +1,7 @@
-"""Prefix reuse in the KV cache: a prompt prefills only what no row holds of it.
+"""Prefix reuse in the KV cache: a prompt prefills only the part that no row holds.
 
-A prompt shares a prefix with the previous turn of its conversation, or with other prompts after the
-same system prompt. Each row of the cache keeps track of the tokens that it holds.
+A prompt shares a prefix with the previous turn of its conversation, or with other prompts that have
+the same system prompt. For each row of the cache, the tokens it holds are tracked.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class CachedRows:
     def keep(self, row: int, prompt: list[int], new: list[int] = ()) -> None:
         """Record that row `row` holds a prompt and its continuation; it is now most recently used.
 
-        Decoded tokens count only if a prefill would have written the same bits.
+        Decoded tokens are reused only if a prefill would have written the same bits.
         """
         self.tokens.pop(row)
         self.tokens[row] = prompt + [*new[:-1]] if self.decoded_alike else prompt  # last: not fed
 
     def shared(self, row: int, prompt: list[int]) -> int:
-        """The length of a prompt's prefix that a row holds; at least one token is left to feed."""
+        """The length of the prompt's prefix that a row holds, leaving at least one token to feed."""
         return len(os.path.commonprefix([self.tokens[row], prompt[:-1]]))  # it takes lists, too
 
     def place(self, prompts: list[list[int]]) -> tuple[list[int], int]:

@@ -1,7 +1,7 @@
-"""Finds lm-eval's tasks, and says in a sentence what is wrong with one or with its data.
+"""Finds lm-eval tasks, and turns lm-eval's exceptions into one-line errors.
 
-lm-eval reads task definitions, fetches data sets and renders templates. What fails in it has no
-common class: YAML, Jinja, PyArrow, HTTP and key errors all come through.
+lm-eval reads task definitions, fetches data sets and renders templates. Its exceptions share no
+base class: YAML, Jinja, PyArrow, HTTP and key errors all come through.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ OURS = Path(__file__).resolve().parent
 
 @contextlib.contextmanager
 def explaining(names: list[str]) -> Iterator[None]:
-    """Turn what lm-eval raises into a UserError; what this project's code raises is a bug."""
+    """Turn exceptions of lm-eval into UserErrors; those of this project's code pass, as bugs."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)[2:]  # behind this one and the caller's
+        frames = traceback.extract_tb(error.__traceback__)[2:]  # without this and the caller's
         owners = [owner for frame in frames if (owner := owner_of(Path(frame.filename)))]
         if owners and owners[-1] == "ours":
             raise
@@ -40,14 +40,14 @@ def explaining(names: list[str]) -> Iterator[None]:
 
 
 def owner_of(file: Path) -> str:
-    """Whose code a frame is: this project's, lm-eval's, or that of something both call."""
+    """Whose code a file is: this project's, lm-eval's, or neither (a library that both call)."""
     if file.parent in (OURS, OURS / "profiler_scripts"):
         return "ours"
     return "lm-eval" if "lm_eval" in file.parts else ""
 
 
 def find(patterns: list[str], include_path: Path | None) -> tuple[Any, list[str]]:
-    """lm-eval's task manager and the names of the tasks that the patterns stand for."""
+    """lm-eval's task manager and the names of the tasks that match the patterns."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:

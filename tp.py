@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc_per_node=2 generate.py --compile --checkpoint_path …/model.pth
 
-The slicing is Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053): a rank computes some heads,
-hidden units and logits (rows of `wqkv`, `w1`, `w3` and `output`) and multiplies them by its columns
-of `wo` and `w2`. That takes two all-reduces a layer and one all-gather of logits a step, by NCCL on
-CUDA and ROCm and by gloo on CPUs. Every rank then draws the same token.
+The slicing is Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053): a rank computes its share of
+heads, hidden units and logits (rows of `wqkv`, `w1`, `w3` and `output`) and multiplies heads and
+hidden units by its columns of `wo` and `w2`. That takes two all-reduces a layer and one all-gather
+of logits a step, by NCCL on CUDA and ROCm and by gloo on CPUs. Every rank then draws the same token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from linear import Int8ActivationLinear, Linear
 from model import AllHeadsNorm, FeedForward, ModelArgs, Transformer
 from process import variable, world_size
 
-ops = torch.ops._c10d_functional  # unlike dist.all_reduce, torch.compile sees through them
+ops = torch.ops._c10d_functional  # unlike dist.all_reduce, torch.compile can trace them
 
 BY_ROWS = ("wq", "wk", "wv", "wqkv", "w1", "w3", "output", "q", "k")  # q, k: of a FlatNorm
 BY_COLUMNS = ("wo", "w2")
@@ -44,13 +44,13 @@ BEAT, SILENCE = 2, 20  # seconds between heartbeats, and without one until a ran
 FOREVER = datetime.timedelta(days=20)  # for a user to type a line
 
 # ------------------------------------------------------------------------------------------------
-# The ranks: start, end, heartbeats, and values that rank 0 broadcasts
+# The ranks: init, shutdown, heartbeats, and values that rank 0 broadcasts
 
 
 def init(name: str | None) -> tuple[torch.device, Shard | None]:
     """The device of this process and, under torchrun, its shard of the model.
 
-    `name` is that of `--device`. Raises `UserError` if the ranks do not all join in TP_TIMEOUT.
+    `name` is `--device`. Raises `UserError` if not all ranks join within TP_TIMEOUT seconds.
     """
     world = world_size()
     if world == 1:
@@ -81,7 +81,7 @@ def init(name: str | None) -> tuple[torch.device, Shard | None]:
 
 
 def shutdown(shard: Shard | None) -> None:
-    """Wait for all ranks, then leave: none is to count as dead."""
+    """Leave after a barrier, so that no rank takes another for dead."""
     if shard:
         dist.barrier()
         shard.done.set()
@@ -90,9 +90,9 @@ def shutdown(shard: Shard | None) -> None:
 
 @contextlib.contextmanager
 def joined(name: str | None) -> Iterator[tuple[torch.device, Shard | None]]:
-    """What `init` gives, with `shutdown` at the end; after an error `leave` instead.
+    """`init`, then `shutdown` at the end of the block, or `leave` after an error.
 
-    What the block has captured is to be local to functions that it calls.
+    Engines, which hold CUDA graphs, must be locals of functions that the block calls.
     """
     device, shard = init(name)
     try:
@@ -104,21 +104,21 @@ def joined(name: str | None) -> Iterator[tuple[torch.device, Shard | None]]:
 
 
 def leave(shard: Shard | None, error: BaseException) -> None:
-    """Leave after an error, without the others, who may never come to a barrier.
+    """Leave after an error without a barrier, which the others may never reach.
 
-    NCCL would wait at the end of the process for others and for CUDA graphs. gloo would not, and
-    would have the others fail before this rank has said why.
+    On exit NCCL would wait for the other ranks and for CUDA graphs, so it is aborted. gloo would
+    not wait, but aborting it would make the others fail before this rank prints its error.
     """
     if shard:
         shard.done.set()
     if shard and shard.device.type != "cpu":
-        traceback.clear_frames(error.__traceback__)  # engines and their graphs among the locals
+        traceback.clear_frames(error.__traceback__)  # frees engines and their graphs
         gc.collect()
         dist.distributed_c10d._abort_process_group()
 
 
 def timeout() -> float:
-    """Seconds that ranks wait for each other: minutes, as a cold disk or a compiler may take."""
+    """Seconds that ranks wait for each other; a cold disk or a compiler may take minutes."""
     try:
         return bounded(float, 1, 1e6)(os.environ.get("TP_TIMEOUT", "600"))
     except ArgumentTypeError as error:
@@ -128,7 +128,7 @@ def timeout() -> float:
 def store() -> dist.Store:
     """A new connection to this run's key-value store, which torchrun or rank 0 hosts.
 
-    A blocking call blocks its connection: each thread has its own, apart from the collectives'.
+    A blocking call blocks its connection, so each thread has its own, apart from the collectives'.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     tcp = dist.TCPStore(address, port, timeout=datetime.timedelta(seconds=SILENCE))
@@ -180,7 +180,7 @@ def broadcast_from_rank0(make: Callable):
 
 
 def in_turn(make: Callable):
-    """`make()` on one rank after the other: the first does the work, the others find it done."""
+    """Run `make()` on one rank after another: the first does the work, the others find it done."""
     if not dist.is_initialized():
         return make()
     for rank in range(dist.get_world_size()):
@@ -245,7 +245,7 @@ class Shard:
         return -(-size // (16 * self.world)) * 16
 
     def vocabulary(self, size: int) -> range:
-        """The logits this rank computes; the last rank may have fewer than the others."""
+        """The logits that this rank computes; the last rank may have fewer."""
         share = self.share(size)
         return range(size)[self.rank * share : (self.rank + 1) * share]
 
@@ -263,7 +263,7 @@ class Shard:
             dim = int(kind == "scales_and_zeros")
         elif layer in BY_COLUMNS and kind in ("weight", "scales_and_zeros"):
             dim = int(kind == "weight")
-        else:  # after an all-reduce a bias must count once, so rank 0 adds it
+        else:  # only rank 0 adds a bias, or the all-reduce would sum it
             once = layer in BY_COLUMNS and kind == "bias" and self.rank > 0
             return torch.zeros_like(tensor) if once else tensor
         dim += leading
