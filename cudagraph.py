@@ -1,7 +1,7 @@
-"""A decoding step as CUDA graphs: the host launches one graph a token instead of every kernel.
+"""Captures a decoding step as CUDA graphs: the host launches one graph a token, not every kernel.
 
-Positions are read on the device and the whole cache counts as visible, so a graph serves every
-length. Works with ROCm as well, where torch.cuda means HIP.
+Positions are read on the device and kernels get the whole cache, so one graph serves every length.
+Also works on ROCm, where torch.cuda means HIP.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-BLOCK = 8  # tokens a row: more than one are padded to a multiple, as the products' tiles are
+BLOCK = 8  # tokens a row, if more than one, are padded to a multiple: the matmuls' tile
 
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where a device's graphs are captured: one stream for all, as memory is reused on its own."""
+    """The stream that captures all graphs of a device: the allocator reuses memory per stream."""
     return torch.cuda.Stream(device)
 
 
@@ -32,11 +32,11 @@ class Graph(NamedTuple):
 
 
 class Captured:
-    """Runs `step`, captured the first time that a shape is met; a prefill is never captured.
+    """Runs `step`, capturing it on the first call with a shape; a prefill is never captured.
 
-    There is one graph for one token a row, and one for each multiple of BLOCK; padding stands at
-    the cache's last slot. What a call returns is overwritten by the next one of its shape. On a
-    CPU, which has no graphs, the same steps run uncaptured. Allocate the caches first.
+    There is one graph for one token a row, and one for each multiple of BLOCK; padding goes to the
+    cache's last slot. The next call with the same shape overwrites the result. On a CPU, which has
+    no graphs, the same steps run uncaptured. Allocate the caches first.
     """
 
     def __init__(self, step: Callable, model: nn.Module):
@@ -60,9 +60,9 @@ class Captured:
         return tuple(output[:, :tokens] for output in graph.replay())
 
     def capture(self, rows: int, width: int, device: torch.device) -> Graph:
-        """Run the step as it is, for what compiles or allocates when first called; then record it.
+        """Run the step uncaptured, so that it compiles and allocates; then capture it.
 
-        Nothing that is recorded may wait for the device or copy from the host.
+        A captured step may not wait for the device or copy from the host.
         """
         idx = torch.zeros(rows, width, dtype=torch.int64, device=device)
         input_pos = torch.full_like(idx, self.padding)
@@ -80,7 +80,7 @@ class Captured:
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         gc.collect()
-        gc.disable()  # freeing a kernel or a communicator meanwhile would break the capture
+        gc.disable()  # freeing a kernel or a communicator would break the capture
         try:
             # thread_local: other threads (NCCL's watchdog) may call CUDA meanwhile.
             with torch.cuda.graph(

@@ -1,8 +1,8 @@
-"""Triton kernels for decoding on CUDA and ROCm, and a whole step made of them.
+"""Triton kernels for decoding on CUDA and ROCm, and a fused step made of them.
 
-matmul_cuda.py has the matrix products; here are rotation and attention, and what the rest of the
-project asks for: `register` implements the operators of operators.py, `fuse` runs a Llama, Qwen2 or
-Qwen3 layer in 7 launches. Nothing here waits for the device, so a CUDA graph can hold all of it.
+Matmuls are in matmul_cuda.py; rotary embeddings, attention and the entry points are here.
+`register` implements the operators of operators.py, `fuse` runs a Llama, Qwen2 or Qwen3 layer in 7
+launches. Nothing here waits for the device, so a CUDA graph can capture all of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from matmul_cuda import (
 )
 
 # ------------------------------------------------------------------------------------------------
-# Rotation
+# Rotary embeddings
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -43,7 +43,7 @@ def rotate_kernel(
     qkv, positions, table, q_gain, k_gain, eps, q, kc, vc, T, S,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One head of a token: q, normed and rotated, to [B T, H, D]; k, too, and v to the caches."""
+    """One head of a token: norm and rotate q to [B T, H, D] and k to its cache; copy v to its cache."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = 2 * tl.arange(0, PAIRS)[:, None] + tl.arange(0, 2)[None, :]
     inside, position = at < D, tl.load(positions + row)
@@ -65,9 +65,9 @@ def rotate_kernel(
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention. A tile holds ROWS of the T * G query rows of a KV head. Decoding splits the cache:
-# block b of positions belongs to split b mod SPLITS. So the splits are balanced at every length,
-# and the order of a row's sums depends neither on the length nor on the rows beside it.
+# Attention. A tile holds ROWS of the T * G query rows of a KV head. Decoding splits the cache: block
+# b of positions belongs to split b mod SPLITS. So splits are balanced at every length, and a row's
+# summation order depends neither on the length nor on the rest of the batch.
 
 
 @triton.jit(do_not_specialize=["T", "S", "window"])
@@ -76,9 +76,9 @@ def attend_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows and one split: each row sees the cache up to its own position.
+    """One tile of query rows and one split; each row sees the cache up to its own position.
 
-    S counts the cache's last slot, too: a row that stands there is padding and sees nothing.
+    S includes the cache's last slot: a row at that position is padding and sees nothing.
     """
     KV: tl.constexpr = H // G
     b, kv, split = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(2)
@@ -86,7 +86,7 @@ def attend_kernel(
     i = tl.program_id(1) * ROWS + row
     real, head = i < T * G, kv * G + i % G
     position = tl.load(positions + b * T + i // G, mask=real, other=S - 1).to(tl.int32)
-    end = tl.where(position < S - 1, position + 1, 0)  # of what a row sees
+    end = tl.where(position < S - 1, position + 1, 0)  # of the visible positions
     begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
     at = ((b * T + i // G) * H + head).to(tl.int64)[:, None] * D + d
     qs = tl.load(q + at, mask=real[:, None] & (d < D), other=0.0)
@@ -129,7 +129,7 @@ def merge_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The splits of one query row as one: y [B, T, H * D]."""
+    """Merge the splits of one query row: y [B, T, H * D]."""
     row, head = tl.program_id(0), tl.program_id(1)
     split, d = tl.arange(0, SPLITS), (tl.program_id(2) * 64 + tl.arange(0, 64))[None, :]
     i = row % T * G + head % G
@@ -148,7 +148,7 @@ def rotate_write(
     qkv: Tensor, input_pos: Tensor, freqs_cis: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, eps: float, k_cache: Tensor, v_cache: Tensor,
 ) -> Tensor:  # fmt: skip
-    """q of qkv [B, T, heads, D], normed and rotated; k, too, and with v into the caches."""
+    """Norm and rotate q and k of qkv [B, T, heads, D]; returns q, writes k and v to the caches."""
     (B, T, heads, D), (KV, S) = qkv.shape, k_cache.shape[1:3]
     H = heads - 2 * KV
     q = qkv.new_empty(B, T, H, D)
@@ -168,15 +168,15 @@ def attend(
     (B, T, H, D), (KV, S) = q.shape, k_cache.shape[1:3]
     G, width, (_, processors) = H // KV, max(16, triton.next_power_of_2(D)), target(q.device)
     rows, splits = 64 if D <= 64 else 32 if D <= 256 else 16, 1
-    if T <= FEW_ROWS:  # 2 programs a processor; the tile must not depend on T
+    if T <= FEW_ROWS:  # 2 programs an SM; the tile must not depend on T
         rows, splits = 16, 1 << max(1, min(64, 2 * processors // KV).bit_length() - 1)
     tiles, block = triton.cdiv(T * G, rows), 32 if D <= 256 else 16
-    size = KV * tiles * splits * rows if splits > 1 else 0  # partial sums of a row of the batch
+    size = KV * tiles * splits * rows if splits > 1 else 0  # partial sums of one batch row
     several = min(B, max(1, SCRATCH // (4 * size * (width + 2)))) if size else B
     part, stats = (q.new_empty(several * size, n, dtype=torch.float32) for n in (width, 2))
     q, input_pos, y = q.contiguous(), input_pos.contiguous(), q.new_empty(B, T, H * D)
     constants = dict(H=H, G=G, D=D, WIDTH=width, ROWS=rows, SPLITS=splits)
-    for b in range(0, B, several):  # in turns where the partial sums of all would take much
+    for b in range(0, B, several):  # a few rows at a time, to bound the partial sums
         inputs = [tensor[b : b + several] for tensor in (q, k_cache, v_cache, input_pos)]
         out, count = y[b : b + several], len(inputs[0])
         launch(
@@ -192,7 +192,7 @@ def attend(
 
 
 # ------------------------------------------------------------------------------------------------
-# What linear.py, model.py and engine.py ask for
+# Entry points for linear.py, model.py and engine.py
 
 
 @functools.cache
@@ -213,13 +213,13 @@ def register(key: str = "CUDA") -> None:
 
 @functools.cache
 def can_launch(device: torch.device) -> bool:
-    """Whether a kernel runs: Triton builds its launcher with a C compiler and Python's headers.
+    """Whether kernels can run: Triton needs a C compiler and Python's headers for its launcher.
 
-    If not, one line on standard error says what failed, and what to do.
+    If not, one line on standard error says what failed and what to do.
     """
     try:
         quantized(torch.ones(1, 1, device=device))
-    except Exception as error:  # of the system, the compiler, Triton or CUDA
+    except Exception as error:  # from the system, the compiler, Triton or CUDA
         reason = str(error).partition("\n")[0]
         if isinstance(error, subprocess.CalledProcessError):
             reason = f"{error.cmd[0]} fails to build Triton's launcher"
@@ -230,7 +230,7 @@ def can_launch(device: torch.device) -> bool:
 
 
 def served(floats: Tensor) -> bool:
-    """Whether there are kernels for this device and dtype; then they are registered."""
+    """Whether there are kernels for this device and dtype; registers them if so."""
     fits = supported(floats.device) and floats.dtype in (torch.bfloat16, torch.float16)
     if fits and floats.is_cuda:
         fits = can_launch(floats.device)
@@ -240,9 +240,9 @@ def served(floats: Tensor) -> bool:
 
 
 def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | None] | None:
-    """A weight and its grid as the operators take them: as stored. None where no kernel serves it.
+    """A weight and its grid for the operators, unchanged; None if no kernel supports it.
 
-    The bytes of a row must be a multiple of 16, groups of int4 a multiple of 32 columns.
+    The bytes of a row must be a multiple of 16, int4 groups a multiple of 32 columns.
     """
     fits = weight.shape[-1] * weight.itemsize % 16 == 0
     if weight.dtype == torch.uint8:
@@ -251,12 +251,12 @@ def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | N
 
 
 def take_cache(cache: Tensor) -> bool:
-    """Whether `attend` and `rotate_write` serve a KV cache like this one."""
+    """Whether `attend` and `rotate_write` support this KV cache."""
     return cache.shape[3] % 2 == 0 and cache.shape[3] <= 512 and served(cache)
 
 
 def fusible(model: nn.Module) -> bool:
-    """Whether the fused step is this model's: its family, its weights, its caches, and no hooks."""
+    """Whether the fused step supports this model: family, weights, caches, and no hooks."""
     modules = [*model.modules()]
     return (
         operators.fusible(model.args)
@@ -268,7 +268,7 @@ def fusible(model: nn.Module) -> bool:
 
 
 def kind_of(linear: nn.Module) -> tuple:
-    """What must be the same of weights that one kernel multiplies: dtype and groups."""
+    """What weights of one kernel must have in common: dtype and group size."""
     return linear.tiles.dtype, getattr(linear.grid, "shape", None)
 
 
@@ -278,10 +278,10 @@ def weight_of(linear: nn.Module) -> Weight:
 
 
 def fuse(model: nn.Module, pdl: bool = False) -> Callable | None:
-    """`Transformer.forward` in 7 launches a layer; None for a model that it cannot run.
+    """`Transformer.forward` in 7 launches a layer; None for an unsupported model.
 
-    A pass with `last`, a prefill, goes through the modules. With `pdl` (sm_90 on) a product loads
-    its first weights while the kernel ahead still runs (programmatic dependent launch).
+    A prefill, a pass with `last`, runs module by module. With `pdl` (sm_90 and newer), programmatic
+    dependent launch: a matmul loads its first weights while the previous kernel still runs.
     """
     if not fusible(model):
         return None
@@ -311,7 +311,7 @@ def fuse(model: nn.Module, pdl: bool = False) -> Callable | None:
 def compile_kernels(
     step: Callable, model: nn.Module, rows: int, tokens: int = 1, prefill: bool = False
 ) -> None:
-    """Compile in threads what `step` launches for these rows, without running any of it."""
+    """Compile in threads all kernels that `step` launches for these rows, without running them."""
     idx = torch.zeros(rows, tokens, dtype=torch.int64, device=model.device)
     input_pos, last = torch.full_like(idx, model.max_seq_length), idx[:, :1] if prefill else None
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):

@@ -1,10 +1,10 @@
-"""Matrix products in Triton, for decoding on CUDA and ROCm, and how kernels are launched.
+"""Matmuls in Triton for decoding on CUDA and ROCm, and how kernels are launched.
 
-Decoding is memory-bound: every weight is read once a token. So the kernels read what a checkpoint
-stores, 16 bytes a thread, straight into the registers that a tensor core takes: the weights are the
-rows of its product, up to 8 rows of x its columns. No second copy of a weight exists, on NVIDIA
-nothing goes through shared memory, and one binary serves 1 to 8 rows: a row's bits depend on no
-other row. Tiles follow from the shape of a weight and the number of SMs, never from a stopwatch.
+Decoding is memory-bound: every weight is read once a token. So the kernels read weights as stored,
+16 bytes a thread, straight into the operand registers of a tensor core: weights are the M side of
+its MMA, up to 8 rows of x the N side. There is no second copy of a weight, on NVIDIA nothing goes
+through shared memory, and one binary serves 1 to 8 rows: a row's bits depend on no other row. Tile
+sizes follow from the weight's shape and the number of SMs; nothing is autotuned.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from triton.runtime._async_compile import active_mode
 
 # ------------------------------------------------------------------------------------------------
-# Matrix products. The tensor core multiplies 16 rows by 8 columns; thread 4 r + t of a warp holds
-# columns of weight row r and the same columns of row r of x. Which columns does not matter to a
-# sum, so each thread takes the 16 bytes that it can load at once: a *chunk*. The tiles are
-# [U, R, W, 8, 4, E]: U chunks in flight, R times 8 rows, W warps, 8 rows, 4 threads, E elements.
+# Matmuls. The tensor core multiplies 16 rows by 8 columns; thread 4 r + t of a warp holds columns
+# of weight row r and the same columns of row r of x. A sum does not care which columns, so each
+# thread takes the 16 bytes of one load: a *chunk*. Tiles are [U, R, W, 8, 4, E]: U chunks in
+# flight, R times 8 rows, W warps, 8 rows, 4 threads, E elements.
 
 
-# Triton deals a warp's threads to the axes of a load from the last on, before 3.7 from the first.
+# Triton assigns a warp's threads to the axes of a load from the last axis on, before 3.7 from the
+# first.
 FLIPPED = tl.constexpr([int(n) for n in triton.__version__.split(".")[:2]] < [3, 7])
 
 
@@ -47,7 +48,7 @@ def upright(tile):
 
 @triton.jit
 def load_weights(w, grid, n, N, chunk, chunks, PER_GROUP: tl.constexpr, E: tl.constexpr):
-    """A chunk of each row n; of int4 the scale and zero of its group, too."""
+    """A chunk of each row n and, for int4, the scale and zero of its group."""
     at, inside = w + (n.to(tl.int64) * chunks + chunk) * E + axis(E, 5), chunk < chunks
     tiles = (upright(tl.load(at, mask=inside, other=0, eviction_policy="evict_first")),)
     if PER_GROUP:
@@ -58,7 +59,7 @@ def load_weights(w, grid, n, N, chunk, chunks, PER_GROUP: tl.constexpr, E: tl.co
 
 @triton.jit
 def float_of_byte(words, AT: tl.constexpr):
-    """The int8 at bit AT, put into a mantissa: converting integers is slow."""
+    """The int8 at bit AT as a float, through the mantissa: integer conversion is slow."""
     bits = ((words ^ -2139062144) >> AT) & 255 | 0x4B000000  # 2^23 + 128 + value
     return bits.to(tl.float32, bitcast=True) - 8388736.0
 
@@ -71,7 +72,7 @@ def halves(pair, DTYPE: tl.constexpr):
 
 
 def ptx(name: str, magic: str, less: str, one: str) -> tl.constexpr:
-    """Two codes at once: put into mantissas as magic + code, less magic + 8, scaled, plus zero."""
+    """Two codes at once: magic + code in the mantissas, minus (magic + 8), times scale, plus zero."""
     return tl.constexpr(f"""{{ .reg .b32 a, one, less; mov.b32 one, {one}; mov.b32 less, {less};
         lop3.b32 a, $1, 0x000f000f, {magic}, 0xEA; fma.rn.{name} a, a, one, less;
         fma.rn.{name} $0, a, $2, $3; }}""")
@@ -97,7 +98,7 @@ def two_codes(words, grid, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
 
 @triton.jit
 def weight_operand(tiles, SCHEME: tl.constexpr, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
-    """The rows of the tensor core's product: [W, 8 R, columns], in the order of `x_operand`."""
+    """The weight operand of the MMA: [W, 8 R, columns], in the column order of `x_operand`."""
     d: tl.constexpr = tiles[0].shape
     if SCHEME == "int4":
         v0, v4 = two_codes(tiles[0] >> 4, tiles[1], DTYPE, BACKEND)
@@ -114,7 +115,7 @@ def weight_operand(tiles, SCHEME: tl.constexpr, DTYPE: tl.constexpr, BACKEND: tl
             tl.join(evens, odds).to(DTYPE).permute(2, 1, 3, 0, 5, 4, 6, 7)
         )  # [W, R, 8, U, E, 4, 2, 2]
     else:
-        KEPT: tl.constexpr = 4 if SCHEME == "int8-activation" else 2  # neighbours in a register
+        KEPT: tl.constexpr = 4 if SCHEME == "int8-activation" else 2  # packed in a register
         a = tiles[0].reshape(d[0], d[1], d[2], 8, 4, d[5] // KEPT, KEPT)
         a = a.permute(2, 1, 3, 0, 5, 4, 6)
     return a.reshape(d[2], 8 * d[1], a.numel // (d[2] * 8 * d[1]))
@@ -122,19 +123,19 @@ def weight_operand(tiles, SCHEME: tl.constexpr, DTYPE: tl.constexpr, BACKEND: tl
 
 @triton.jit
 def x_operand(x, SCHEME: tl.constexpr):
-    """The columns of the tensor core's product: x [U, S, W, X, 4, C] as [W, columns, X]."""
+    """The x operand of the MMA: [U, S, W, X, 4, C] -> [W, columns, X]."""
     d: tl.constexpr = x.shape
     if SCHEME == "int4":
         x = x.reshape(d[0], d[1], d[2], d[3], 4, 2, 2, 2).permute(2, 0, 1, 6, 4, 7, 5, 3)
     else:
-        KEPT: tl.constexpr = 2 if SCHEME == "bf16" else 4  # neighbours in a register
+        KEPT: tl.constexpr = 2 if SCHEME == "bf16" else 4  # packed in a register
         x = x.reshape(d[0], d[1], d[2], d[3], 4, d[5] // KEPT, KEPT).permute(2, 0, 1, 5, 4, 6, 3)
     return x.reshape(d[2], x.numel // (d[2] * d[3]), d[3])
 
 
 @triton.jit
 def finish(sums, factor, grid, bias, n, inside, SCHEME: tl.constexpr):
-    """Sums [W, 8 R, X] of the warps as outputs [8 R, X]: factors and bias applied."""
+    """Reduce the warps' sums [W, 8 R, X] to outputs [8 R, X], with scales and bias applied."""
     out = tl.sum(sums, 0).to(tl.float32) * factor
     if SCHEME == "int8" or SCHEME == "int8-activation":
         out *= tl.load(grid + n, mask=inside, other=0.0).to(tl.float32)
@@ -150,13 +151,13 @@ def linear_kernel(
     U: tl.constexpr, R: tl.constexpr, W: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
     E: tl.constexpr, X: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, N] = norm(x) [rows, K] @ w.T (+ bias) (+ add), or silu of that times the same by w3.
+    """y [rows, N] = norm(x) [rows, K] @ w.T (+ bias), or silu of that times the same by w3; (+ add).
 
     A program computes 8 R outputs of X rows. The norm needs no pass of its own: its factor is
-    applied to the sums. S pieces of C columns of x belong to a chunk of weights.
+    applied to the sums. A chunk of weights takes S pieces of C columns of x.
 
-    With `experts` a program has one row of y: a row of x, which CHOSEN rows of y share, times the
-    weight of that row's expert.
+    With `experts` a program computes one row of y: a row of x, shared by CHOSEN rows of y, times
+    the weight of that row's expert.
     """
     STEP: tl.constexpr = U * W * 4
     m0, n0 = tl.program_id(0) * X, tl.program_id(1) * 8 * R
@@ -183,7 +184,7 @@ def linear_kernel(
     tiles = load_weights(w, grid, n, N, chunk, chunks, PER_GROUP, E)
     if w3 is not None:
         tiles3 = load_weights(w3, grid3, n, N, chunk, chunks, PER_GROUP, E)
-    if PDL:  # only weights may be read before the kernel ahead is done
+    if PDL:  # only weights may be read before the previous kernel is done
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros((W, 8 * R, X), tl.int32 if SCHEME == "int8-activation" else tl.float32)
     sums3, squares = sums, tl.zeros((W, X, 4), tl.float32)
@@ -221,23 +222,23 @@ def linear_kernel(
 
 
 # ------------------------------------------------------------------------------------------------
-# What surrounds the products
+# Quantizing x, dequantizing weights, summing experts
 
 
 @triton.jit(do_not_specialize=["K"])
 def quantize_kernel(x, peaks, codes, K):
-    """A row of x in steps of a 127th of its peak, rounded to nearest even."""
+    """Quantize a row of x to int8, with step peak / 127, rounded to nearest even."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * 1024 + tl.arange(0, 1024)
     step = tl.maximum(tl.load(peaks + row), 1e-12) / 127
     value = tl.load(x + row * K + at, mask=at < K, other=0.0).to(tl.float32)
-    rounded = tl.math.div_rn(value, step) + 12582912.0  # 1.5 * 2^23: what follows is cut off
+    rounded = tl.math.div_rn(value, step) + 12582912.0  # 1.5 * 2^23: rounds off the fraction
     tl.store(codes + row * K + at, (rounded - 12582912.0).to(tl.int8), mask=at < K)
 
 
 @triton.jit(do_not_specialize=["first", "end", "N", "K"])
 def dequantize_kernel(w, grid, y, first, end, N, K, GROUP: tl.constexpr):
-    """y [end - first, K], those rows of a weight [N, K]: int8 times the scale of its row, or two
-    codes a byte times that of its group."""
+    """Dequantize rows first to end of a weight [N, K]: y [end - first, K]. GROUP 0 is int8 with a
+    scale a row; else two 4-bit codes a byte, with a scale and zero for GROUP columns."""
     n = (first + tl.program_id(1) * 16 + tl.arange(0, 16))[:, None]
     k = (tl.program_id(0) * 256 + tl.arange(0, 256))[None, :]
     row, inside = n.to(tl.int64) * K, (n < end) & (k < K)
@@ -260,7 +261,7 @@ def dequantize_kernel(w, grid, y, first, end, N, K, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["dim"])
 def sum_experts_kernel(parts, chosen, shares, y, dim, K: tl.constexpr, SLOTS: tl.constexpr):
-    """A row of y: its K parts by their shares, added in the order of their experts' numbers."""
+    """A row of y: its K parts weighted by their shares, summed in order of expert index."""
     row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, SLOTS)
     at = tl.program_id(1) * 256 + tl.arange(0, 256)
     number = tl.load(chosen + row * K + slot, mask=slot < K, other=0x7FFFFFFF) * SLOTS + slot
@@ -277,12 +278,12 @@ def sum_experts_kernel(parts, chosen, shares, y, dim, K: tl.constexpr, SLOTS: tl
 # ------------------------------------------------------------------------------------------------
 # Launches
 
-SCRATCH = 1 << 28  # bytes that a dequantized weight, or the splits of attention, take at most
-FEW_ROWS = 32  # more new tokens of a row, or rows of int8 activations, are a prefill
+SCRATCH = 1 << 28  # maximum bytes of a dequantized weight, or of the splits of attention
+FEW_ROWS = 32  # with more tokens a row, or rows of int8 activations, it is a prefill
 
 
 def supported(device: torch.device) -> bool:
-    """CUDA from sm_80 on, ROCm from CDNA on."""
+    """CUDA from sm_80, ROCm from CDNA."""
     if device.type != "cuda":
         return False
     properties = torch.cuda.get_device_properties(device)
@@ -291,7 +292,7 @@ def supported(device: torch.device) -> bool:
 
 
 def target(device: torch.device) -> tuple[str, int]:
-    """What a device's kernels are compiled for, and its number of SMs; a CPU's are interpreted."""
+    """The backend of a device's kernels, and its number of SMs; on a CPU they are interpreted."""
     if device.type != "cuda":
         return "interpreter", 4
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -302,8 +303,8 @@ def launch(
     kernel: triton.JITFunction, grid: tuple[int, ...], *args, maxnreg: int | None = None,
     launch_pdl: bool = False, **constants,
 ) -> None:  # fmt: skip
-    """Run a kernel, or only compile it, under `compile_kernels`."""
-    if target(args[0].device)[0] == "cuda":  # ROCm knows neither of these
+    """Run a kernel, or only compile it within `compile_kernels`."""
+    if target(args[0].device)[0] == "cuda":  # ROCm has neither option
         constants |= dict(maxnreg=maxnreg, launch_pdl=launch_pdl)
     with torch.cuda.device_of(args[0]):
         if active_mode.get():
@@ -313,7 +314,7 @@ def launch(
 
 
 class Weight(NamedTuple):
-    """A weight as it is stored, and how it is to be multiplied: bf16 (fp16, too), int8, …"""
+    """A weight as stored, and its scheme: bf16 (also fp16), int8, …"""
 
     scheme: str
     packed: Tensor
@@ -321,8 +322,8 @@ class Weight(NamedTuple):
     bias: Tensor | None = None
 
 
-# Of each scheme: S and C, the pieces of x that belong to a chunk of weights and their columns; E,
-# the elements of a chunk as loaded; U and R of the tiles.
+# For each scheme (S, C, E, U, R): a chunk of E loaded elements takes S pieces of C columns of x; U
+# and R are those of the tiles.
 SHAPES = {"bf16": (1, 8, 8, 4, 2), "int8": (2, 8, 4, 2, 2), "int4": (4, 8, 4, 1, 4)}
 SHAPES["int8-activation"] = 1, 16, 16, 2, 2
 SCHEMES = {torch.int8: "int8", torch.uint8: "int4"}  # by dtype; the rest is bf16
@@ -333,20 +334,20 @@ def linear(
     add: Tensor | None = None, peaks: Tensor | None = None, dtype: torch.dtype | None = None,
     pdl: bool = False, experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """norm(x) [M, K] times a weight, or silu(norm(x) times gate) times that; plus `add`: [M, N].
+    """norm(x) [M, K] @ weight.T, multiplied by silu(norm(x) @ gate.T) if given, plus `add`: [M, N].
 
-    With `experts` [n, k], of weights with a leading dimension: [n * k, N], row i by the weight of
-    its own expert; x has n rows, or as many as y.
+    With `experts` [n, k], weights have a leading expert dimension and the result is [n * k, N], row
+    i by its own expert's weight; x has n or n * k rows.
     """
     scheme, (rows, K), N = weight.scheme, x.shape, weight.packed.shape[-2]
     (S, C, E, U, R), (backend, processors) = SHAPES[scheme], target(x.device)
-    if norm or gate:  # they take registers
+    if norm or gate:  # they need registers
         U, R = max(1, U // 2) if gate else U, 2
     chunks, X = K // (S * C), 16 if backend == "hip" else 8  # an MFMA has 16 columns
     chosen, tall = 1, N
     if experts is not None:
         rows, chosen, tall = experts.numel(), experts.numel() // rows, N * experts.shape[1]
-    # 16 warps a processor as far as the width gives each some work; never by the rows of x.
+    # 16 warps an SM if the width gives each enough work; never a function of the rows of x.
     W = 1 << max(2, min(8, 128 * R * processors // tall, chunks // (4 * U))).bit_length() - 1
     per_group = chunks // weight.grid.shape[-3] if scheme == "int4" else 0
 
@@ -361,7 +362,7 @@ def linear(
         *operands(gate or weight), *(operands(weight) if gate else (None, None, None)),
         add, experts, y, rows, N, chunks, SCHEME=scheme, PER_GROUP=per_group, BACKEND=backend,
         PDL=pdl, U=U, R=R, W=W, S=S, C=C, E=E, X=X, CHOSEN=chosen, num_warps=W, num_stages=1,
-        launch_pdl=pdl, maxnreg=128 if scheme == "int4" and gate else None,  # others need fewer
+        launch_pdl=pdl, maxnreg=128 if scheme == "int4" and gate else None,  # the others need fewer
     )  # fmt: skip
     return y
 
@@ -376,7 +377,7 @@ def dequantized(x: Tensor, weight: Weight, rows: range) -> Tensor:
 
 
 def product(x: Tensor, weight: Weight, prefill: bool) -> Tensor:
-    """x [M, K] times a weight by the arithmetic of a prefill, or that of decoding."""
+    """x [M, K] @ weight.T, in the arithmetic of prefill or of decoding."""
     if not prefill:
         return linear(x, weight)
     if weight.scheme == "bf16":
@@ -390,7 +391,7 @@ def product(x: Tensor, weight: Weight, prefill: bool) -> Tensor:
 
 
 def quantized(x: Tensor, peaks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x as int8 in steps of a 127th of its rows' peaks, and these, float32 [M, 1]."""
+    """x quantized to int8 with step peak / 127 a row, and the peaks, float32 [M, 1]."""
     peaks = x.abs().amax(-1, keepdim=True).float() if peaks is None else peaks.contiguous()
     (rows, K), codes = x.shape, x.new_empty(x.shape, dtype=torch.int8)
     launch(quantize_kernel, (rows, triton.cdiv(K, 1024)), x.contiguous(), peaks, codes, K)
@@ -398,7 +399,7 @@ def quantized(x: Tensor, peaks: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def product_of_codes(x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor | None) -> Tensor:
-    """x in steps of its peaks times an int8 weight, summed as integers: one result for any M."""
+    """x quantized to int8, times an int8 weight, summed in integers: the same bits for any M."""
     codes, peaks = quantized(x, peaks)
     if len(x) <= FEW_ROWS or len(weight) % 8:
         return linear(codes, Weight("int8-activation", weight, scales), peaks=peaks, dtype=x.dtype)
@@ -410,10 +411,10 @@ def experts(
     x: Tensor, chosen: Tensor, shares: Tensor, w1: Tensor, grid1: Tensor | None, w3: Tensor,
     grid3: Tensor | None, w2: Tensor, grid2: Tensor | None, a8: bool, _prefill: bool,
 ) -> Tensor:  # fmt: skip
-    """The FFNs of the chosen experts [N, k] of each row of x, by shares: float32 [N, dim].
+    """The share-weighted sum of the FFNs of the chosen experts [N, k]: float32 [N, dim].
 
-    No other expert is read, and nothing waits to learn which were chosen. A row's bits depend on no
-    other row.
+    No other expert is read, and the host does not wait to learn which were chosen. A row's bits
+    depend on no other row.
     """
 
     def weight(packed: Tensor, grid: Tensor | None) -> Weight:

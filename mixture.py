@@ -48,7 +48,7 @@ def multiply_chosen(linear: Linear, x: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """Chooses experts and their weights (`shares`), in float32; it is never quantized."""
+    """Chooses experts and their routing weights (`shares`), in float32; it is never quantized."""
 
     def __init__(self, dim: int, options: Any):
         super().__init__()

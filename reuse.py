@@ -39,7 +39,7 @@ class CachedRows:
         self.tokens[row] = prompt + [*new[:-1]] if self.decoded_alike else prompt  # last: not fed
 
     def shared(self, row: int, prompt: list[int]) -> int:
-        """The length of the prompt's prefix that a row holds, leaving at least one token to feed."""
+        """Length of the prompt's prefix that a row holds; at least one token is left to feed."""
         return len(os.path.commonprefix([self.tokens[row], prompt[:-1]]))  # it takes lists, too
 
     def place(self, prompts: list[list[int]]) -> tuple[list[int], int]:

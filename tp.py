@@ -5,7 +5,7 @@
 The slicing is Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053): a rank computes its share of
 heads, hidden units and logits (rows of `wqkv`, `w1`, `w3` and `output`) and multiplies heads and
 hidden units by its columns of `wo` and `w2`. That takes two all-reduces a layer and one all-gather
-of logits a step, by NCCL on CUDA and ROCm and by gloo on CPUs. Every rank then draws the same token.
+of logits a step, by NCCL on CUDA and ROCm, by gloo on CPUs. Every rank then draws the same token.
 """
 
 from __future__ import annotations
