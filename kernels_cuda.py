@@ -43,7 +43,7 @@ def rotate_kernel(
     qkv, positions, table, q_gain, k_gain, eps, q, kc, vc, T, S,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One head of a token: norm and rotate q to [B T, H, D] and k to its cache; copy v to its cache."""
+    """One head of a token: q [B T, H, D], normed and rotated; k, too, and v into the caches."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = 2 * tl.arange(0, PAIRS)[:, None] + tl.arange(0, 2)[None, :]
     inside, position = at < D, tl.load(positions + row)
@@ -65,9 +65,9 @@ def rotate_kernel(
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention. A tile holds ROWS of the T * G query rows of a KV head. Decoding splits the cache: block
-# b of positions belongs to split b mod SPLITS. So splits are balanced at every length, and a row's
-# summation order depends neither on the length nor on the rest of the batch.
+# Attention. A tile holds ROWS of the T * G query rows of a KV head. Decoding splits the cache:
+# block b of positions belongs to split b mod SPLITS. So splits are balanced at every length, and a
+# row's summation order depends neither on the length nor on the rest of the batch.
 
 
 @triton.jit(do_not_specialize=["T", "S", "window"])

@@ -72,7 +72,7 @@ def halves(pair, DTYPE: tl.constexpr):
 
 
 def ptx(name: str, magic: str, less: str, one: str) -> tl.constexpr:
-    """Two codes at once: magic + code in the mantissas, minus (magic + 8), times scale, plus zero."""
+    """Two codes at once: magic + code by bit tricks, minus (magic + 8), times scale, plus zero."""
     return tl.constexpr(f"""{{ .reg .b32 a, one, less; mov.b32 one, {one}; mov.b32 less, {less};
         lop3.b32 a, $1, 0x000f000f, {magic}, 0xEA; fma.rn.{name} a, a, one, less;
         fma.rn.{name} $0, a, $2, $3; }}""")
@@ -151,7 +151,7 @@ def linear_kernel(
     U: tl.constexpr, R: tl.constexpr, W: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
     E: tl.constexpr, X: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, N] = norm(x) [rows, K] @ w.T (+ bias), or silu of that times the same by w3; (+ add).
+    """y [rows, N] = norm(x) [rows, K] @ w.T (+ bias) (+ add), or silu of that times the same by w3.
 
     A program computes 8 R outputs of X rows. The norm needs no pass of its own: its factor is
     applied to the sums. A chunk of weights takes S pieces of C columns of x.

@@ -1,10 +1,10 @@
-"""Measures how fast models decode, beside the speed that the memory bus allows.
+"""Measures decoding speed against the limit of the memory bus.
 
     python scripts/benchmark.py --model tinyllama-1.1b --schemes bf16,int8,int4 --compile
 
-Decoding a token reads every weight and the filled KV cache once, so bandwidth over bytes is the
-ceiling. All candidates take turns within each repetition: what slows the machine down slows all of
-them. The loop that is timed is `engine.generate`. The method is that of llama-bench
+Decoding a token reads every weight and the filled KV cache once, so the ceiling is bandwidth over
+bytes. All candidates take turns within each repetition, so that disturbances hit all of them. The
+timed loop is `engine.generate`. The method is that of llama-bench
 (https://github.com/ggml-org/llama.cpp/tree/master/tools/llama-bench).
 """
 
@@ -60,16 +60,16 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = {"llama.cpp": ("llama_cpp", "llama-cpp-python"), "transformers": ("transformers",) * 2}
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-VERIFIED = (2, 4, 8)  # tokens a speculative step verifies
-PROPOSED = 5  # at most, by a draft
-STORY = "Once upon a time, there was a"  # what speculation continues
+VERIFIED = (2, 4, 8)  # tokens in a verify pass
+PROPOSED = 5  # maximum draft length
+STORY = "Once upon a time, there was a"  # the prompt for speculation
 
 # ------------------------------------------------------------------------------------------------
 # Measurements
 
 
 def loaders(cases: list[Case], args: Namespace, length: int) -> dict[str, Callable]:
-    """What loads each candidate, by name."""
+    """A function that loads each candidate, by name."""
     table: dict[str, Callable] = {}
     packed = not (args.compile or args.compile_prefill)
     for case in cases:
@@ -86,7 +86,7 @@ def loaders(cases: list[Case], args: Namespace, length: int) -> dict[str, Callab
 
 
 def needed_bytes(cases: list[Case], args: Namespace, length: int) -> int:
-    """Memory for all candidates at once; weights are kept as stored and as kernels want them."""
+    """Memory for all candidates at once; weights are kept as stored and packed for the kernels."""
     total = 0
     for case in cases:
         model = skeleton(case)
@@ -100,12 +100,12 @@ def needed_bytes(cases: list[Case], args: Namespace, length: int) -> int:
 
 
 def measure(group: dict, prompt: list[int], args: Namespace, timings: dict) -> None:
-    """Let the candidates take turns, `--runs` times after a warm-up, and keep the timings."""
+    """Run the candidates in turn, `--runs` times after a warm-up, and record the timings."""
     device, depths = args.device, args.depth
     for repetition in range(-1, args.runs):
         what = f"run {repetition + 1} of {args.runs}" if repetition >= 0 else "warm-up"
         print(what, file=sys.stderr)
-        if repetition == 0:  # all before was warm-up
+        if repetition == 0:  # end of warm-up
             for name in group:
                 timings.pop(name)
         for name, candidate in group.items():
@@ -114,7 +114,7 @@ def measure(group: dict, prompt: list[int], args: Namespace, timings: dict) -> N
                 next(candidate.tokens(prompt, 1, 0))
             for depth in depths:
                 tokens = candidate.tokens([1] * (depth + 1), args.gen + 1, depth)
-                next(tokens)  # fed the last token of the prompt, this is no decoding step
+                next(tokens)  # feeds the prompt's last token: not a decoding step
                 with kept[f"decode at {depth}"].clock(device):
                     deque(tokens, maxlen=0)
             for count in (1, *VERIFIED) * 3:
@@ -124,7 +124,7 @@ def measure(group: dict, prompt: list[int], args: Namespace, timings: dict) -> N
 
 
 def byte_row(name: str, model, depth: int, gen: int) -> dict:
-    """What a decoding step of a model or candidate reads: the mean of `gen` steps from `depth`."""
+    """Bytes that a decoding step reads: the mean of `gen` steps from `depth`."""
     seen = sum(model.kv_steps(depth + 2 + step) for step in range(gen)) / gen
     read = model.bytes_per_step(seen)
     row = {"scheme": name, "depth": depth, "bytes_per_token": read, "megabytes": read / 1e6}
@@ -132,7 +132,7 @@ def byte_row(name: str, model, depth: int, gen: int) -> dict:
 
 
 def start_engine(model: Transformer, args: Namespace) -> Engine:
-    """What runs a model as the flags ask, warmed up to speculate."""
+    """The engine that the flags ask for, warmed up for speculation."""
     engine = Engine(model, args.compile, args.compile_prefill)
     if args.compile or args.compile_prefill:
         engine.warm_up(1, max(VERIFIED))
@@ -140,8 +140,8 @@ def start_engine(model: Transformer, args: Namespace) -> Engine:
 
 
 def speculation(model: Transformer, name: str, args: Namespace) -> dict:
-    """Decoding of a text with and without --draft, in turns."""
-    model.setup_caches(1, min(model.args.block_size, args.gen + 64))  # what was there is noise
+    """Decode a text with and without --draft, in turns."""
+    model.setup_caches(1, min(model.args.block_size, args.gen + 64))  # the old cache holds noise
     tokenizer = Tokenizer.from_folder(args.checkpoint_path.parent)
     if args.draft == "lookup":
         draft = PromptLookup(model.args.vocab_size, args.device)
@@ -174,11 +174,11 @@ def speculation(model: Transformer, name: str, args: Namespace) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
-# Starting, in processes of their own
+# Cold and warm starts in new processes
 
 
 def start(text: str) -> None:
-    """In a new process: load a case, make a first token, and print what that took as JSON."""
+    """In a new process: load a case, generate a first token, and print the timings as JSON."""
     words = json.loads(text)
     case, device = Case(**words["case"]), find_device(words["device"])
     torch.set_num_threads(words["threads"])
@@ -194,12 +194,12 @@ def start(text: str) -> None:
         engine.warm_up(1)
     next(greedy(engine, [1] * min(8, words["prompt"]), 1))
     first_s = time.perf_counter() - began
-    next(greedy(engine, [1] * words["prompt"], 1))  # for the peak
+    next(greedy(engine, [1] * words["prompt"], 1))  # for peak memory
     print(json.dumps({"load_s": load_s, "first_s": first_s, "peak": peak_bytes(device)}))
 
 
 def start_twice(case: Case, args: Namespace, length: int) -> dict:
-    """Start a case with an empty compile cache and once more; the row of the table of starts."""
+    """Start a case twice, first with an empty compile cache; returns a row of the start table."""
     quick = case if not case.made else dataclasses.replace(case, random=True)
     words = {"case": dataclasses.asdict(quick), "device": str(args.device), "length": length}
     words |= {key: getattr(args, key) for key in ("prompt", "compile", "compile_prefill")}
@@ -232,7 +232,7 @@ def start_twice(case: Case, args: Namespace, length: int) -> dict:
 # The report
 
 
-# The columns of each table: what stands in them of a row.
+# The columns of each table: title -> format of a row.
 TABLES = {
     "ceiling": {
         "scheme": "{scheme}",
@@ -278,7 +278,7 @@ TABLES = {
 
 
 def table(kind: str, rows: list[dict]) -> str:
-    """A markdown table; rows that other processes disturbed are marked."""
+    """A markdown table; rows disturbed by other processes are marked."""
     columns = TABLES[kind]
     lines = [[*columns], ["---"] + ["---:"] * (len(columns) - 1)]
     for row in rows:
@@ -288,7 +288,7 @@ def table(kind: str, rows: list[dict]) -> str:
 
 
 def decode_rows(name: str, candidate, kept: dict[str, Timing], args: Namespace) -> list[dict]:
-    """The row of each depth; bandwidth and ratios come when all is measured."""
+    """A row for each depth; bandwidth and ratios are added after all measurements."""
     rows = []
     for depth in args.depth:
         timing = kept[f"decode at {depth}"]
@@ -298,7 +298,7 @@ def decode_rows(name: str, candidate, kept: dict[str, Timing], args: Namespace) 
 
 
 def prefill_row(name: str, kept: dict[str, Timing], args: Namespace) -> dict:
-    """Time to the first token, prefill speed, and the cost of verification beside one token."""
+    """Time to first token, prefill speed, and verify passes relative to one token."""
     first, one = kept["prefill"], statistics.median(kept["verify 1"].seconds)
     verify = {n: kept[f"verify {n}"] for n in VERIFIED}
     row = {"scheme": name, "first_token_ms": statistics.median(first.seconds) * 1e3}
@@ -308,7 +308,7 @@ def prefill_row(name: str, kept: dict[str, Timing], args: Namespace) -> dict:
 
 
 def notes(found: dict, args: Namespace) -> Iterator[str]:
-    """What a reader of the tables has to know, a sentence or two each."""
+    """Notes that explain the tables."""
     yield (
         f"Decoding: {args.gen} tokens after `depth` positions, median, min and max of {args.runs} "
         "runs in which the candidates took turns; ratio to the first at that depth. Of the bus: "
@@ -338,7 +338,7 @@ def notes(found: dict, args: Namespace) -> Iterator[str]:
 
 
 def report(found: dict, args: Namespace) -> str:
-    """Everything as markdown, to be pasted into benchmarks.md."""
+    """The report as markdown, to be pasted into benchmarks.md."""
     before, after = (found[f"bandwidth_{when}"] / 1e9 for when in ("before", "after"))
     mark = " \\*" if found["bandwidth_disturbed"] else ""
     lines = [
@@ -357,7 +357,7 @@ def report(found: dict, args: Namespace) -> str:
 
 
 def several(known: dict | None = None, low: int = 0) -> Callable[[str], list]:
-    """An argparse type: names out of `known`, or whole numbers, with commas between."""
+    """An argparse type: comma-separated names out of `known`, or whole numbers."""
 
     def parse(text: str) -> list:
         items = list(dict.fromkeys(text.split(",")))
@@ -375,27 +375,27 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add, about = add_checkpoint_flags(parser), "random weights of this shape, not a checkpoint"
     add("--model", choices=preset_names(), help=about)
-    add("--schemes", type=several(MARKERS), help="default: all, or a quantized file as it is")
+    add("--schemes", type=several(MARKERS), help="default: all, or a quantized file as is")
     add("--groupsize", type=int, default=32, choices=GROUP_SIZES, help="of int4 (default: 32)")
     add = parser.group("measurement")
     add("--prompt", type=bounded(int, 1), default=512, help="tokens to prefill (default: 512)")
     add("--gen", type=bounded(int, 1, 2**20), default=128, help="tokens to decode (default: 128)")
-    add("--depth", type=several(), default=[0], help="positions filled before, such as 0,2048")
+    add("--depth", type=several(), default=[0], help="filled positions, such as 0,2048")
     add("--runs", type=bounded(int, 1), default=5, help="repetitions (default: 5)")
     add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
-    add("--compile_prefill", action="store_true", help="compile prefill, too")
-    add("--draft", help="a checkpoint, or `lookup`: measure speculation, too")
+    add("--compile_prefill", action="store_true", help="also compile prefill")
+    add("--draft", help="a checkpoint, or `lookup`: also measure speculation")
     add("--peers", type=several(PEERS), default=[], help="llama.cpp,transformers: in the same run")
     add("--threads", type=bounded(int, 1, 4096), help="CPU threads (default: torch's)")
-    add("--no-cold", action="store_true", help="no starts in new processes, no peak memory")
+    add("--no-cold", action="store_true", help="skip starts in new processes and peak memory")
     add = parser.group("output")
-    add("--json", type=output_file, metavar="FILE", help="write the figures as JSON")
+    add("--json", type=output_file, metavar="FILE", help="write the results as JSON")
     add("--markdown", type=output_file, metavar="FILE", help="write the tables here, not to stdout")
     return parser
 
 
 def find_cases(args: Namespace) -> list[Case]:
-    """What the flags ask to measure; `UserError` where they contradict."""
+    """The cases that the flags ask for; `UserError` if they contradict each other."""
     schemes, source = args.schemes or [*MARKERS], {"preset": args.model, "random": True}
     if not args.model:
         path = args.checkpoint_path
@@ -432,12 +432,12 @@ def check_peers(cases: list[Case], args: Namespace) -> None:
 
 
 def cache_length(args: Namespace) -> int:
-    """Cache positions for the prompt, and for what is decoded or verified at each depth."""
+    """Cache positions for the prompt, and for decoding and verifying at each depth."""
     return max(args.prompt, max(args.depth) + max(args.gen + 1, *VERIFIED))
 
 
 def run_all(cases: list[Case], found: dict, args: Namespace) -> None:
-    """Load the candidates, let them take turns, and add their rows to `found`."""
+    """Load and measure the candidates, and add their rows to `found`."""
     length = cache_length(args)
     if not args.no_cold:
         found["start"] = [start_twice(case, args, length) for case in cases]
@@ -457,7 +457,7 @@ def run_all(cases: list[Case], found: dict, args: Namespace) -> None:
             elif args.draft and isinstance(candidate, Ours):
                 found["speculation"].append(speculation(candidate.model, name, args))
         del group, candidate
-        torch._dynamo.reset()  # it keeps what it compiled
+        torch._dynamo.reset()  # frees what it compiled
         gc.collect()
 
 
@@ -475,7 +475,7 @@ def main(args: Namespace) -> None:
     device = find_device(args.device)
     args = replaced(args, device=device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    if args.draft not in (None, "lookup"):  # known before hours of work are spent
+    if args.draft not in (None, "lookup"):  # fails before hours of work
         model = skeleton(cases[0])
         model.setup_caches(1, 1)
         tokenizer = Tokenizer.from_folder(args.checkpoint_path.parent)

@@ -1,7 +1,7 @@
-"""What benchmark.py measures: models of every scheme, and other programs on the same weights.
+"""The candidates of benchmark.py: models in every scheme, and other programs on the same weights.
 
-Each candidate decodes greedily (`tokens`) and runs a few tokens at once (`forward`), on a cache in
-which `hold` fills the first positions.
+Each candidate decodes greedily (`tokens`) and runs several tokens at once (`forward`), on a cache
+whose first positions `hold` fills.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 GREEDY = Sampling(temperature=0)
 
 # ------------------------------------------------------------------------------------------------
-# Models of every scheme
+# Models in every scheme
 
 
 @dataclasses.dataclass
 class Case:
-    """A model to measure, in words that another process understands.
+    """A model to measure, described so that it can be passed to another process.
 
-    Its shape is that of a preset or of a checkpoint. With `random` the weights are random; scheme
-    "as stored" takes the file's own.
+    Its shape comes from a preset or a checkpoint. Its weights are random with `random`; scheme "as
+    stored" is that of the file.
     """
 
     scheme: str
@@ -55,12 +55,12 @@ class Case:
 
     @property
     def made(self) -> bool:
-        """Whether its weights are made here, not read as they are."""
+        """Whether its weights are generated or quantized here, not read as they are."""
         return self.random or self.scheme not in ("bf16", "as stored")
 
 
 def skeleton(case: Case) -> Transformer:
-    """The model without values, on the meta device; `UserError` if groups do not fit."""
+    """The model on the meta device; `UserError` if the group size does not fit."""
     if not case.made:
         return load_model(Path(case.checkpoint), "meta")
     with torch.device("meta"):
@@ -81,9 +81,9 @@ def quantized(source: Transformer, model: Transformer, case: Case) -> Transforme
 
 
 def make(case: Case, device: torch.device, length: int, packed: bool = False) -> Transformer:
-    """The model, with a cache of `length` positions full of random keys and values.
+    """The model, with a cache of `length` positions filled with random keys and values.
 
-    Random weights may be `packed`: kept for the kernels alone, which compiled code does not use.
+    Random weights may be `packed`: kept only in the kernels' layout, unusable by compiled code.
     """
     if not case.made:
         model = load_model(Path(case.checkpoint), device)
@@ -101,17 +101,17 @@ def make(case: Case, device: torch.device, length: int, packed: bool = False) ->
 
 
 # ------------------------------------------------------------------------------------------------
-# What runs them, and other programs
+# Our engine and other programs
 
 
 def greedy(engine: Engine, prompt: list[int], n: int, start: int = 0) -> Iterator[list[Token]]:
-    """The n likeliest tokens after a prompt, whatever they are."""
+    """n greedy tokens after a prompt, ignoring end of text."""
     options = {"until": lambda row, token: False, "seeds": [0]}
     return generate(engine, [prompt], GREEDY, n, start=start, **options)
 
 
 class Ours:
-    """A model of this repository in one scheme."""
+    """A model of this project in one scheme."""
 
     def __init__(self, model: Transformer, args: Namespace):
         self.model, self.bytes_per_step, self.kv_steps = model, model.bytes_per_step, model.kv_steps
@@ -120,10 +120,10 @@ class Ours:
             self.engine.warm_up(1, 8)
 
     def hold(self, start: int) -> None:
-        """Let the cache hold `start` positions: whatever is there will do."""
+        """Does nothing: the cache is full of random values."""
 
     def forward(self, ids: list[int], start: int) -> list[int]:
-        """The likeliest token after each of `ids`, which stand at `start` and behind."""
+        """The greedy token after each of `ids`, fed from position `start` on."""
         idx = torch.tensor([ids], device=self.model.device)
         input_pos = torch.arange(start, start + len(ids), device=idx.device)[None]
         output = self.engine.decode(idx, input_pos, self.model.kv_steps(start + len(ids)))
@@ -134,10 +134,9 @@ class Ours:
 
 
 class Peer:
-    """What other libraries have in common; bytes are those of their own tensors.
+    """Base of the other libraries; bytes are those of their own tensors.
 
-    They know models with one kind of layer. Of rope scaling they are told nothing: it changes the
-    text, not the speed.
+    They run models with one kind of layer. RoPE scaling is left out: it does not affect speed.
     """
 
     shape: ModelArgs
@@ -152,7 +151,7 @@ class Peer:
         return length
 
     def bytes_per_step(self, kv_len: float) -> float:
-        values = 2 * self.kind.n_local_heads * self.kind.head_dim  # of keys and values
+        values = 2 * self.kind.n_local_heads * self.kind.head_dim  # keys and values
         per_position = 2 * self.shape.n_layer * values  # 2 bytes each
         return self.weight_bytes + per_position * kv_len
 
@@ -167,12 +166,12 @@ class Peer:
 
 
 def rope_base(kind: LayerKind) -> float:
-    """The base of which the frequencies of an unscaled rotation are powers, to five digits."""
-    return float(f"{kind.rope[1] ** (-kind.head_dim / 2):.5g}")  # float32 leaves no more
+    """The RoPE base that unscaled frequencies were computed from, to five digits."""
+    return float(f"{kind.rope[1] ** (-kind.head_dim / 2):.5g}")  # float32 has no more
 
 
 def plain_shape(shape: ModelArgs) -> ModelArgs:
-    """A llama of the same sizes, without anything that a peer would not be told."""
+    """A llama of the same sizes, without any property that peers do not get."""
     kind = shape.kinds[0]
     heads = LayerKind(kind.n_head, kind.n_local_heads, kind.head_dim, rope=kind.rope)
     sizes = (shape.dim, shape.n_layer, shape.vocab_size, shape.block_size, shape.intermediate_size)
@@ -181,7 +180,7 @@ def plain_shape(shape: ModelArgs) -> ModelArgs:
 
 
 def gguf_architecture(shape: ModelArgs) -> str | None:
-    """What llama.cpp calls models of this shape, if it is a llama or a plain mixture."""
+    """llama.cpp's architecture for this shape: a llama or a plain mixture, else None."""
     plain, mixture = plain_shape(shape), shape.mixture
     if shape == plain:
         return "llama"
@@ -192,7 +191,7 @@ def gguf_architecture(shape: ModelArgs) -> str | None:
 
 
 def write_gguf(path: Path, model: Transformer, kind: str) -> int:
-    """Write the weights of a model for llama.cpp, in its type `kind`; the bytes a token reads."""
+    """Write a model's weights for llama.cpp in type `kind`; returns the bytes a token reads."""
     import gguf
     import numpy as np
 
@@ -216,9 +215,9 @@ def write_gguf(path: Path, model: Transformer, kind: str) -> int:
         writer.add_expert_used_count(mixture.chosen)
         writer.add_expert_feed_forward_length(mixture.width)
     total = 0
-    # q and k rows stay in the order in which they are: Meta's, as a llama's are in llama.cpp.
+    # q and k rows stay in Meta's order, which llama.cpp uses for llamas.
     for name, part in parts(dataclasses.replace(shape, tied=False), GGUF_NAMES, False).items():
-        if part.expert:  # the first one's name stands for the matrix of all
+        if part.expert:  # the first expert stands for the stack
             continue
         name = name if part.expert is None else name.replace(".0.weight", ".weight")
         module = model.get_submodule(part.name.rpartition(".")[0])
@@ -246,12 +245,12 @@ class LlamaCpp(Peer):
         import llama_cpp
 
         self.lib, self.shape = llama_cpp, model.args
-        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C calls it
+        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # referenced, as C calls it
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p())
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0 if device.type == "cpu" else 10_000
-        options.use_mmap = False  # the file goes
+        options.use_mmap = False  # the file is deleted
         with temporary_folder() as folder:
             path = folder / "model.gguf"
             self.weight_bytes = write_gguf(path, model, kind)
@@ -262,7 +261,7 @@ class LlamaCpp(Peer):
         self.context = self.model and llama_cpp.llama_init_from_model(self.model, options)
         if not self.context:
             raise UserError(f"llama.cpp cannot load this shape in {kind}; leave it out of --peers")
-        self.saved: dict[int, ctypes.Array] = {}  # the state with so many positions filled
+        self.saved: dict[int, ctypes.Array] = {}  # state by number of filled positions
 
     def close(self) -> None:
         self.lib.llama_free(self.context)
@@ -282,7 +281,7 @@ class LlamaCpp(Peer):
     def forward(self, ids: list[int], start: int, last: bool = False) -> list[int]:
         lib, n = self.lib, len(ids)
         tokens, wanted = (lib.llama_token * n)(*ids), (ctypes.c_int8 * n)(*[1] * n)
-        batch = lib.llama_batch_get_one(tokens, n)  # it points to them, and does not keep them
+        batch = lib.llama_batch_get_one(tokens, n)  # it points to them without a reference
         if not last:
             batch.logits = wanted
         if lib.llama_decode(self.context, batch):
@@ -300,7 +299,7 @@ def np_array(pointer, shape: tuple[int, ...]):
 
 
 class HuggingFace(Peer):
-    """transformers' LlamaForCausalLM of the same shape in bf16, not compiled, its default cache."""
+    """transformers' LlamaForCausalLM of the same shape: bf16, not compiled, default cache."""
 
     def __init__(self, source: Transformer, device: torch.device):
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -328,7 +327,7 @@ class HuggingFace(Peer):
         state = self.model.state_dict()
         for name, part in parts(shape, HF_NAMES).items():
             rows = source.get_parameter(part.name)[part.start : part.start + part.shape[0]]
-            if part.halves:  # neighbours become halves of a head
+            if part.halves:  # interleaved pairs -> halves of a head
                 heads = rows.unflatten(0, (-1, part.halves, 2))
                 rows = heads.transpose(1, 2).flatten(0, 2)
             state[name].copy_(rows)

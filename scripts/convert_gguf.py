@@ -1,11 +1,10 @@
-"""Turn a GGUF file into a checkpoint folder: `model.pth`, `config.json` and the tokenizer's files.
+"""Converts a GGUF file to a checkpoint folder: `model.pth`, `config.json` and tokenizer files.
 
     python scripts/convert_gguf.py --gguf model-Q4_K_M.gguf --checkpoint_dir checkpoints/my/model
 
-GGUF is the format of llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Its
-weights, quantized or not, become floats again, and with `--mode` are quantized as quantize.py does
-it. Its metadata say what the model's published configuration said; the files written here say it in
-the published format.
+GGUF is the format of llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Weights
+are dequantized and, with `--mode`, quantized as by quantize.py. The metadata hold what the model's
+published configuration did; the files written here hold it in the published format.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ from scripts.gguf_config import (
 )
 from tokenizer import open_data
 
-# What GGUF calls the keys of a config.json that an error of families.py may name.
+# config.json keys that errors of families.py may name -> GGUF keys.
 PUBLISHED = {name: key for key, name in NUMBERS.items()} | {
     "num_key_value_heads": "attention.head_count_kv",
     "num_attention_heads": "attention.head_count",
@@ -77,17 +76,17 @@ PUBLISHED = {name: key for key, name in NUMBERS.items()} | {
 }
 
 # ------------------------------------------------------------------------------------------------
-# The file
+# Reading the file
 
 
 def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
-    """Read everything but the weights; `UserError` if the file is not one whole GGUF file."""
+    """Read everything but the weights; `UserError` unless the file is a complete GGUF file."""
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}; pass a .gguf file to --gguf")
     try:
         reader = GGUFReader(path)
         meta = Metadata(path, reader)
-    except Exception as error:  # what a length or a type is taken for can fail in any way
+    except Exception as error:  # corrupt lengths and types can raise anything
         raise UserError(
             f"{path} is not a whole GGUF file ({error!s:.300}); download it again"
         ) from None
@@ -116,8 +115,8 @@ def read_tensors(
 
 
 def read_piece(path: Path, tensor: ReaderTensor, place: int | slice, dtype: torch.dtype) -> Tensor:
-    """Some rows or an expert of a tensor, as floats."""
-    # Mapped anew, so that what has been read no longer counts as memory.
+    """Rows or one expert of a tensor, dequantized."""
+    # Mapped anew, so that pages already read no longer count as memory.
     where = {"offset": tensor.data_offset, "shape": tensor.data.shape}
     rows = np.memmap(path, tensor.data.dtype, "r", **where)[place]  # [out, bytes of a row]
     result = torch.empty(shape_of(tensor, place), dtype=dtype)  # [out, in]
@@ -137,11 +136,11 @@ def read_piece(path: Path, tensor: ReaderTensor, place: int | slice, dtype: torc
 # ------------------------------------------------------------------------------------------------
 # The tokenizer
 
-# The numbers of GGUF's token types are those of SentencePiece.
+# GGUF's token types are numbered as in SentencePiece.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
 GPT2_PRE = ("default", "gpt-2", "olmo")
-DIGITS_PRE = ("smollm", "refact", "starcoder")  # the same, and each digit by itself
+DIGITS_PRE = ("smollm", "refact", "starcoder")  # the same, with each digit a word
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 LONG_NUMBERS_PRE = (*LLAMA3_PRE, "dbrx", "smaug-bpe", "chatglm-bpe", "glm4")
 QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
@@ -154,7 +153,7 @@ WORDS = (
 
 
 def pre_tokenizer(pre: str, meta: Metadata) -> pre_tokenizers.PreTokenizer:
-    """How text is cut into words before the merges, by the name llama.cpp has for it."""
+    """The pre-tokenizer that llama.cpp calls `pre`: how text is split into words."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in GPT2_PRE:
         return gpt2
@@ -170,7 +169,7 @@ def pre_tokenizer(pre: str, meta: Metadata) -> pre_tokenizers.PreTokenizer:
 
 
 def adds_bos(meta: Metadata) -> bool:
-    """Whether a text starts with BOS; where a file does not say, llama.cpp decides like this."""
+    """Whether a text starts with BOS; without the key, the default is llama.cpp's."""
     sentencepiece = meta.text("tokenizer.ggml.model") == "llama"
     default = sentencepiece or meta.text("tokenizer.ggml.pre", "default") in LLAMA3_PRE
     return meta.flag("tokenizer.ggml.add_bos_token", default)
@@ -185,7 +184,7 @@ def byte_level_tokenizer(meta: Metadata) -> bytes:
         raise UserError(f"{meta.where}: merge {odd[0][0]!r:.60} has no space; {AGAIN}")
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in LLAMA3_PRE))
-    except Exception as error:  # the library has no exception of its own
+    except Exception as error:  # the library has no exception class of its own
         raise UserError(
             f"{meta.where} has merges that do not fit its tokens ({error!s:.300}); {AGAIN}"
         ) from None
@@ -212,8 +211,8 @@ def byte_level_tokenizer(meta: Metadata) -> bytes:
 
 
 def varint(value: int) -> bytes:
-    """A whole number in protobuf's base 128, lowest digits first."""
-    value &= (1 << 64) - 1  # a negative one as two's complement
+    """A protobuf varint: base 128, least significant digit first."""
+    value &= (1 << 64) - 1  # two's complement if negative
     digits = []
     while value > 127:
         digits.append(value & 127 | 128)
@@ -244,7 +243,7 @@ def sentencepiece_model(meta: Metadata) -> bytes:
     tokens, types = meta.tokens, [*meta.token_types]
     scores = meta.items("tokenizer.ggml.scores", float, len(tokens))
     unknown = meta.token_id("unknown") or 0
-    types[unknown] = UNKNOWN  # SentencePiece insists on one
+    types[unknown] = UNKNOWN  # SentencePiece requires one
     pieces = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
         if kind == USER_DEFINED:  # llama.cpp keeps these as they stand in the text
@@ -263,7 +262,7 @@ def sentencepiece_model(meta: Metadata) -> bytes:
 
 
 def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
-    """Everything about tokens that is published with a model, by file name."""
+    """The tokenizer files of a published model, by file name."""
     kind = meta.text("tokenizer.ggml.model")
     makers = {
         "gpt2": ("tokenizer.json", byte_level_tokenizer, "PreTrainedTokenizerFast"),
@@ -274,7 +273,7 @@ def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
         raise meta.refusal("tokenizer.ggml.model", known, "use another model")
     name, make, tokenizer_class = makers[kind]
     tokens, types = meta.tokens, meta.token_types
-    roles = ("bos", "eos", "eot", "eom")  # eot ends a turn, eom a call of a tool
+    roles = ("bos", "eos", "eot", "eom")  # eot ends a turn, eom a tool call
     ids = {role: i for role in roles if (i := meta.token_id(role)) is not None}
     stops = [ids[role] for role in ("eos", "eot", "eom") if role in ids]
     config = {
@@ -295,7 +294,7 @@ def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
     if "bos" in ids:
         generation["bos_token_id"] = ids["bos"]
     content = make(meta)
-    open_data(meta.where, name, content)  # now, not when the model is used
+    open_data(meta.where, name, content)  # fails now, not when the model is used
     return {
         name: content,
         "tokenizer_config.json": config,
@@ -304,7 +303,7 @@ def tokenizer_files(meta: Metadata) -> dict[str, bytes | dict]:
 
 
 # ------------------------------------------------------------------------------------------------
-# The whole
+# The conversion
 
 
 def convert(
@@ -314,7 +313,7 @@ def convert(
     mode: str | None = None,
     groupsize: int = 32,
 ) -> Path:
-    """Make a checkpoint in `folder` of the model in `gguf_path`; return the path of its weights."""
+    """Convert `gguf_path` to a checkpoint in `folder`; return the path of its weights."""
     target = Target(dtype, mode, groupsize)
     reader, meta = open_gguf(gguf_path)
     config, name = build_config(meta, reader, dtype), meta.text("general.architecture")
@@ -332,7 +331,7 @@ def convert(
     tensors = read_tensors(gguf_path, reader, dtype, name, table)
     output = folder / target.file_name
     with contextlib.ExitStack() as stack:
-        # The weights get their name last: where they are, everything else is.
+        # The weights are renamed last: if they are there, so is everything else.
         model, *others = [stack.enter_context(replacing(folder / n)) for n in (output.name, *files)]
         write_state(model, args, table, tensors, target)
         for temporary, content in zip(others, files.values(), strict=True):
@@ -350,7 +349,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.group("checkpoint")
     add("--gguf", type=named_path, required=True, help="the file to convert")
-    add("--checkpoint_dir", type=named_path, required=True, help="the folder to make")
+    add("--checkpoint_dir", type=named_path, required=True, help="the folder to create")
     add_target_flags(parser)
     return parser
 

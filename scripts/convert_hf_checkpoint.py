@@ -1,16 +1,16 @@
-"""Turn a checkpoint as published on the Hugging Face hub into the one file `model.pth`.
+"""Converts a checkpoint from the Hugging Face hub to a single file, `model.pth`.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/org/model
 
-With `--mode int4` or another, the quantized file is made at once, as quantize.py makes it.
+With `--mode int4` or another mode, it writes the quantized file directly, as quantize.py would.
 
-Three things change: the names become Meta's, the matrices of q, k and v become one, and the rows of
-q and k go into Meta's rotary order. Hugging Face turns dimension i of a head together with
-dimension i + head_dim/2 (`rotate_half`), Meta turns neighbours: row 2i here is row i there, and row
-2i + 1 is row i + head_dim/2. Rows that do not rotate stay where they are.
+Three things change: names become Meta's, q, k and v are fused into one matrix, and the rows of q
+and k are permuted to Meta's rotary order. Hugging Face rotates dimension i of a head together with
+i + head_dim/2 (`rotate_half`), Meta rotates neighbours: row 2i here is row i there, and row 2i + 1
+is row i + head_dim/2. Rows that are not rotated stay in place.
 
-families.py says where a family differs: in names, in the order of heads, in norms stored as w for
-1 + w. Rows published as one tensor are split, and what is not of the text model is left out.
+families.py says how families differ: names, rotary order, norms stored as w for 1 + w. Fused
+tensors are split, and tensors outside the text model are skipped.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from scripts.fp8 import dequantize, find_block, take_scales
 from scripts.random_weights import linears
 
 MODES = ("int8", "int8-activation", "int4", "hybrid")  # of quantize.py, without calibration
-GROUPED = ("int4", "hybrid")  # those with a grid for each group of columns
-ROUNDED_AT_ONCE = 2**20  # values: what rounding takes beside the tensor itself
+GROUPED = ("int4", "hybrid")  # those with a group size
+ROUNDED_AT_ONCE = 2**20  # values: bounds the memory of rounding beside the tensor itself
 
 # ------------------------------------------------------------------------------------------------
-# Where every tensor goes
+# Names and places of the tensors
 
-# What Hugging Face calls each tensor; `layer` stands before the names that every layer has. Other
-# names, and those of norms that Llama lacks, are in families.py.
+# Hugging Face's name of each tensor; names within a layer follow `layer`. Other names, and those of
+# norms that Llama lacks, are in families.py.
 HF_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -88,25 +88,25 @@ HF_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# What a checkpoint may hold beside the text model: a vision tower, layers that draft.
+# Tensors outside the text model: a vision tower, draft (MTP) layers.
 BESIDE = re.compile(r"(model\.)?(vision_tower|vision_encoder|multi_modal_projector|mtp)\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Where a published tensor goes: to the rows from `start` on of the tensor called `name`."""
+    """The destination of a published tensor: the rows of tensor `name` from `start` on."""
 
     name: str
     shape: tuple[int, ...]
     start: int = 0
-    halves: int = 0  # of so many rows each the rotated part of a head consists, to be interleaved
+    halves: int = 0  # rows in each half of a head's rotated part, to be interleaved
     head_dim: int = 0
-    fixed: int = 0  # rows at the end that are no heads to be interleaved
-    offset: float = 0.0  # to be added, in float32
-    expert: int | None = None  # of a tensor for all experts, the one to which it goes
+    fixed: int = 0  # rows at the end that are not interleaved
+    offset: float = 0.0  # added in float32
+    expert: int | None = None  # its index in a stack of experts
 
     def arrange(self, tensor: Tensor) -> Tensor:
-        """The published tensor as the network wants it."""
+        """The published tensor in the network's row order, with the offset added."""
         if self.halves:
             rows = torch.arange(len(tensor))
             heads = rows[: len(rows) - self.fixed].unflatten(0, (-1, self.head_dim))  # [H, D]
@@ -119,7 +119,7 @@ class Part:
 def ffn_parts(args: ModelArgs, layer: int) -> dict[str, Part]:
     """The weights of a layer's FFN or mixture of experts, by the keys of `HF_NAMES`.
 
-    A key that ends in a number is of the expert of this number.
+    A key that ends in a number belongs to the expert with that index.
     """
 
     def matrices(key: str, place: str, width: int, expert: int | None = None) -> dict[str, Part]:
@@ -143,7 +143,7 @@ def ffn_parts(args: ModelArgs, layer: int) -> dict[str, Part]:
 
 
 def layer_parts(args: ModelArgs, kind: LayerKind, interleave: bool) -> dict[str, Part]:
-    """The weights of a layer of this kind beside its FFN, by the keys of `HF_NAMES`."""
+    """The weights of a layer of this kind except its FFN, by the keys of `HF_NAMES`."""
     dim = args.dim
     q, kv = kind.n_head * kind.head_dim, kind.n_local_heads * kind.head_dim
     order = (sum(map(bool, kind.rope)) if interleave else 0, kind.head_dim)
@@ -169,10 +169,9 @@ def layer_parts(args: ModelArgs, kind: LayerKind, interleave: bool) -> dict[str,
 def parts(
     args: ModelArgs, names: dict[str, str], interleave: bool = True, norm_offset: float = 0.0
 ) -> dict[str, Part]:
-    """Every tensor that a checkpoint with these `names` must hold, and where it goes.
+    """Every tensor that a checkpoint with these `names` must hold, and its destination.
 
-    `interleave` says that the heads of q and k lie in Hugging Face's order, `norm_offset` what the
-    weights of norms are stored without.
+    `interleave`: q and k are in Hugging Face's rotary order; `norm_offset` is added to norms.
     """
     table = {
         names["tok_embeddings"]: Part("tok_embeddings", (args.vocab_size, args.dim)),
@@ -204,7 +203,7 @@ def parts(
 def check_tensors(where: Path, found: dict[str, tuple[int, ...]], table: dict[str, Part]) -> None:
     """Raise a `UserError` unless exactly the tensors of `table` are there, in the shapes it has.
 
-    Known before memory is asked for, so a configuration cannot ask for more than the files hold.
+    Checked before allocation, so a configuration cannot ask for more memory than the files hold.
     """
     names = found.keys()
     for tensors, verb in ((table.keys() - names, "lacks"), (names - table.keys(), "also holds")):
@@ -228,7 +227,7 @@ def check_tensors(where: Path, found: dict[str, tuple[int, ...]], table: dict[st
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is written: floats of `dtype`, or the Linears quantized in a `mode` of quantize.py."""
+    """The output: floats of `dtype`, or Linears quantized in a `mode` of quantize.py."""
 
     dtype: torch.dtype = torch.bfloat16
     mode: str | None = None
@@ -243,7 +242,7 @@ class Target:
         return file_name(self.mode, self.groupsize) if self.mode else "model.pth"
 
     def layout(self, args: ModelArgs, tied: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The state dict without its values, and the schemes of the Linears to be quantized."""
+        """The state dict on the meta device, and the schemes of the Linears to quantize."""
         with torch.device("meta"):
             model = Transformer(args).to(self.dtype)
         if not self.mode:
@@ -260,7 +259,7 @@ class Target:
 def write_rows(
     state: StateFile, part: Part, where: slice, rows: Tensor, schemes: dict[str, str], group: int
 ) -> None:
-    """Write these rows of a part, quantized if it is the weight of a Linear with a scheme."""
+    """Write rows of a part, quantized if it is the weight of a Linear with a scheme."""
     linear = part.name.removesuffix(".weight")
     if linear in schemes:
         write_linear(state, linear, quantize(rows, schemes[linear], group), where, part.expert)
@@ -279,13 +278,13 @@ def write_state(
 ) -> None:
     """Write `(file, name, tensor)` triples to their places in a state dict at `path`.
 
-    Each tensor is dropped before the next is read, and rounded a few rows at a time: rows do not
-    depend on each other in any scheme. So memory holds one published tensor and little more.
+    Each tensor is dropped before the next is read, and rounded a few rows at a time: rows are
+    independent in every scheme. So memory holds one published tensor and little more.
     """
     tied = all(part.name != "output.weight" for part in table.values())
     layout, schemes = target.layout(args, tied)
     dtypes = {n: t.dtype if t.is_floating_point() else target.dtype for n, t in layout.items()}
-    options = dict(unit="tensor", disable=None)  # none where nobody looks on
+    options = dict(unit="tensor", disable=None)  # no bar unless stderr is a terminal
     with (
         StateFile(path, layout) as state,
         tqdm(tensors, "converting", len(table), **options) as bar,
@@ -310,11 +309,11 @@ def write_state(
 
 
 # ------------------------------------------------------------------------------------------------
-# Reading what was published
+# Reading the published files
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The files with the weights: one, or those of an index, or simply all there are."""
+    """The weight files: a single one, those of an index, or all there are."""
     for single, pattern in (
         ("model.safetensors", "*.safetensors"),
         ("pytorch_model.bin", "pytorch_model*.bin"),
@@ -350,10 +349,10 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Callable]:
-    """Shapes and tensors by the names that the text model has in a checkpoint of its own.
+    """Shapes and tensors by the names that they have in a text-only checkpoint.
 
-    Checkpoints with a vision tower put it into `language_model`. Phi and GLM publish gate and up as
-    one tensor, here its two halves.
+    Checkpoints with a vision tower keep the text model under `language_model`. Phi and GLM fuse
+    gate and up in one tensor, here its two halves.
     """
     found: dict[str, tuple] = {}
     sources: dict[str, Callable[[], Tensor]] = {}
@@ -365,7 +364,7 @@ def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Ca
         found[name], sources[name] = tuple(shape), functools.partial(get_tensor, source)
     for name in [name for name in found if ".gate_up_proj." in name]:
         if not found[name] or found[name][0] % 2:
-            continue  # no two halves
+            continue  # cannot be halved
         (rows, *columns), whole = found.pop(name), sources.pop(name)
         for i, half in enumerate(("gate_proj", "up_proj")):
             part = name.replace("gate_up_proj", half)
@@ -376,15 +375,15 @@ def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Ca
     return found, lambda name: sources[name]()
 
 
-# One tensor for all experts `[experts, out, in]`, gate and up together, as transformers has it and
-# as Granite's are published.
+# A stack of all experts `[experts, out, in]`, gate and up fused, as in transformers and as Granite
+# is published.
 STACKED = re.compile(
     r"(\.experts\.(gate_up|down)_proj|block_sparse_moe\.(input|output)_linear\.weight)$"
 )
 
 
 def split_experts(name: str, found: dict[str, tuple], sources: dict[str, Callable]) -> None:
-    """Put each expert's tensors in the place of one for all of them."""
+    """Replace a stack of experts by the tensors of each expert."""
     if len(found[name]) != 3 or found[name][0] > MAX_EXPERTS:
         return
     (experts, rows, columns), whole = found.pop(name), sources.pop(name)
@@ -416,14 +415,14 @@ def open_file(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Te
         raise
     except pickle.UnpicklingError:
         raise UserError(f"{file} holds more than tensors, or is not whole; download it") from None
-    except Exception as error:  # a damaged pickle can fail in any way
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).split("\n")[0]
         raise UserError(f"{file} is not whole ({reason}); download it again") from None
 
 
 @contextlib.contextmanager
 def open_shard(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Tensor]]]:
-    """As `open_file`, by the names of a checkpoint of the text model alone, gate and up apart."""
+    """As `open_file`, with the names of a text-only checkpoint, and gate and up split."""
     with open_file(file) as (shapes, get_tensor):
         yield text_model(shapes, get_tensor)
 
@@ -434,8 +433,8 @@ def read_tensors(shards: list[Path], wanted: dict[str, Part]) -> Iterator[tuple[
         with open_shard(file) as (shapes, _):
             names = [name for name in shapes if name in wanted]
         for name in names:
-            # A file is mapped anew for every tensor: what has been read of a mapping counts as
-            # memory until the mapping goes, and a file may hold the whole model.
+            # A file is mapped anew for every tensor: pages read count as memory until they are
+            # unmapped, and a file may hold the whole model.
             with open_shard(file) as (_, get_tensor):
                 tensor = get_tensor(name)
             yield file, name, tensor
@@ -449,7 +448,7 @@ def equal_tensors(shards: list[Path], names: tuple[str, str]) -> bool:
 
 
 def beside(config: Keys, found: Iterable[str]) -> set[str]:
-    """The tensors that are not of the text model; layers that draft stand after its own."""
+    """The tensors outside the text model; draft layers come after its own."""
     layers = config.count("num_hidden_layers", MAX_LAYERS)
     drafts = config.count("num_nextn_predict_layers", MAX_LAYERS, default=0, least=0)
     drafts = tuple(f"model.layers.{i}." for i in range(layers, layers + drafts))
@@ -459,10 +458,10 @@ def beside(config: Keys, found: Iterable[str]) -> set[str]:
 def text_tensors(
     args: ModelArgs, shards: list[Path], found: dict[str, tuple], names: dict[str, str]
 ) -> tuple[ModelArgs, dict[str, tuple]]:
-    """The shapes that are used among those `found`, and the model's args by what the files hold.
+    """The used shapes among those `found`, and the model's args corrected by what the files hold.
 
-    Old checkpoints carry the rotary table, and some tied ones the embedding twice. An output matrix
-    with other values is one of its own, whatever the configuration says.
+    Old checkpoints hold the rotary table, some tied ones the embedding twice. An output matrix that
+    differs from the embedding is not tied, whatever the configuration says.
     """
     used = {n: shape for n, shape in found.items() if not n.endswith("rotary_emb.inv_freq")}
     pair = (f"{names['tok_embeddings']}.weight", f"{names['output']}.weight")
@@ -475,7 +474,7 @@ def text_tensors(
 
 
 def notices(args: ModelArgs, config: Keys, unused: set[str]) -> Iterator[str]:
-    """What the user may miss in the converted model."""
+    """Notes on what the converted model lacks."""
     length = config.count("max_position_embeddings")
     if unused:
         yield f"{len(unused)} tensors that are not of the text model are left out"
@@ -489,7 +488,7 @@ def dequantized(
     block: tuple[int, int],
     dtype: torch.dtype,
 ) -> Iterator[tuple[Path, str, Tensor]]:
-    """The same tensors, those in fp8 multiplied by their scales, which lie in these `files`."""
+    """The same tensors, with fp8 ones dequantized by their scales in these `files`."""
     for file, name, tensor in tensors:
         if name in files:
             with open_shard(files[name]) as (_, get_tensor):
@@ -505,7 +504,7 @@ def dequantized(
 
 
 # ------------------------------------------------------------------------------------------------
-# The whole
+# The conversion
 
 
 def convert(
@@ -514,9 +513,9 @@ def convert(
     mode: str | None = None,
     groupsize: int = 32,
 ) -> Path:
-    """Write `folder`/model.pth, or the file of a `mode`, from the published files in `folder`.
+    """Convert the published files in `folder` to model.pth, or to the file of a `mode`.
 
-    Returns its path.
+    Returns the path of the new file.
     """
     target = Target(dtype, mode, groupsize)
     if not os.path.isdir(folder):
@@ -556,11 +555,11 @@ def convert(
 
 
 def add_target_flags(parser: Parser) -> None:
-    """Declare what both converters write."""
+    """Declare the output flags of both converters."""
     add = parser.group("output")
     about = "of unquantized weights (default: bfloat16)"
     add("--precision", choices=PRECISIONS, default="bfloat16", help=about)
-    add("--mode", choices=MODES, help="quantize as quantize.py does, and write that file alone")
+    add("--mode", choices=MODES, help="quantize as quantize.py does, and write only that file")
     text = "columns that share a grid (default: 32)"
     add("--groupsize", type=int, choices=GROUP_SIZES, help=text)
 
@@ -578,7 +577,7 @@ def main(args: argparse.Namespace) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    about = "a folder that download.py has made"
+    about = "a folder that download.py made"
     parser.group("checkpoint")("--checkpoint_dir", type=named_path, required=True, help=about)
     add_target_flags(parser)
     return parser

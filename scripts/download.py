@@ -1,9 +1,10 @@
-"""Download what is needed of a model from the Hugging Face hub into `checkpoints/<org>/<name>`.
+"""Downloads a model from the Hugging Face hub into `checkpoints/<org>/<name>`.
 
     python scripts/download.py --repo_id HuggingFaceTB/SmolLM2-360M-Instruct
 
-That is the configuration, the tokenizer, and the weights once: safetensors if there are any, else
-`pytorch_model*.bin`. What is there already is not fetched again. The folder is printed last.
+It fetches the configuration, the tokenizer and the weights in one format: safetensors if there are
+any, else `pytorch_model*.bin`. Files already there are not fetched again. The last line is the
+folder.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 try:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what its imports raise, too
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints exceptions of its imports
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download
         from huggingface_hub.constants import ENDPOINT
         from huggingface_hub.errors import (
@@ -32,7 +33,7 @@ try:
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
-except ValueError as error:  # it reads its variables when it is imported
+except ValueError as error:  # it reads its environment variables on import
     names = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
     print(f"error: huggingface_hub refuses a variable, one of {names} ({error})", file=sys.stderr)
     sys.exit(2)
@@ -56,7 +57,7 @@ SMALL_FILES = {
 }
 
 HTTP = HfHubHTTPError.__bases__[0].__module__.split(".")[0]  # the library, which has changed before
-# What failing connections raise; the last comes from the transfer of large files.
+# What failing connections raise; the last one is from large-file transfers.
 UNREACHABLE = (
     HfHubHTTPError.__bases__[0],
     getattr(sys.modules[HTTP], "InvalidURL", ConnectionError),
@@ -68,9 +69,9 @@ UNREACHABLE = (
 
 
 def choose_files(names: set[str]) -> set[str]:
-    """The files to fetch, of the names of all files in a repository; empty if there are no weights.
+    """The files to fetch, out of all names in a repository; empty if there are no weights.
 
-    Folders are left alone: they hold other formats, such as Meta's own weights in `original`.
+    Subfolders are skipped: they hold other formats, such as Meta's own weights in `original`.
     """
     root = {name for name in names if "/" not in name}
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
@@ -88,7 +89,7 @@ def choose_files(names: set[str]) -> set[str]:
 
 @contextlib.contextmanager
 def explaining(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn refusals of the hub and failures of the network into `UserError`s with a URL."""
+    """Turn errors of the hub and of the network into `UserError`s with a URL."""
     page = f"{ENDPOINT}/{repo_id}"
     try:
         yield
@@ -152,21 +153,21 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
         if not wanted or "config.json" not in names:
             lack = "config.json" if wanted else "*.safetensors and no pytorch_model*.bin"
             raise UserError(f"{page} has no {lack}, so it is not a model that can be converted")
-        # The one commit that was listed, even if the branch moves on meanwhile.
+        # The listed commit, even if the branch moves on meanwhile.
         source = {"repo_id": repo_id, "revision": info.sha, "local_dir": folder, "token": token}
         config = read_json(Path(hf_hub_download(filename="config.json", **source)))
         family = config.get("model_type", "llama")
         known = [*FAMILIES, *WRAPPERS]
-        if family not in known:  # known before many gigabytes are fetched in vain
+        if family not in known:  # fails before gigabytes are fetched in vain
             raise UserError(f"{page} is a {family} model; use one of {', '.join(known)}")
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
         check_space(folder, {name: sizes[name] for name in wanted})
         snapshot_download(allow_patterns=sorted(wanted), **source)
-    for name in sorted(wanted):  # the library falls back on what is there when the network fails
+    for name in sorted(wanted):  # the library falls back to local files when the network fails
         path = folder / name
         if not path.is_file() or sizes[name] not in (0, path.stat().st_size):
             raise UserError(f"{path} did not arrive whole from {page}; run this again")
-    # A killed run leaves partial files here, and the library never looks at them again.
+    # A killed run leaves partial files here that the library never uses again.
     for partial in (folder / ".cache" / "huggingface" / "download").glob("*.incomplete"):
         partial.unlink()
 

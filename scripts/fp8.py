@@ -1,7 +1,7 @@
-"""Weights published in fp8: float8_e4m3fn values, and a scale for each block of rows and columns.
+"""Dequantizes published fp8 weights: float8_e4m3fn values, and a scale for each block.
 
-The scales of `x.weight` are called `x.weight_scale_inv`, and config.json gives the block as its
-`weight_block_size`, as DeepSeek-V3 has it (https://huggingface.co/deepseek-ai/DeepSeek-V3).
+The scales of `x.weight` are `x.weight_scale_inv`; `weight_block_size` in config.json gives the rows
+and columns of a block, as in DeepSeek-V3 (https://huggingface.co/deepseek-ai/DeepSeek-V3).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from keys import MAX_SIZE, Keys
 
 
 def find_block(config: Keys) -> tuple[int, int] | None:
-    """The rows and columns of the fp8 weights that share a scale; None if weights are floats.
+    """Rows and columns of a block of fp8 weights with one scale; None if weights are not quantized.
 
     UserError on any other quantization.
     """
@@ -39,7 +39,7 @@ def find_block(config: Keys) -> tuple[int, int] | None:
 def take_scales(
     where: Path, found: dict[str, tuple], shapes: dict[str, tuple], block: tuple[int, int]
 ) -> list[str]:
-    """Remove the scales of matrices from the shapes `found`; return the names of these matrices."""
+    """Remove the scales from the shapes `found`; return the names of their matrices."""
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     scaled = [name for name in matrices if f"{name}_scale_inv" in found]
     for name in scaled:
@@ -56,7 +56,7 @@ def take_scales(
 def dequantize(
     weight: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """weight fp8 `[out, in]` times the scale of each of its blocks, rounded once to `dtype`."""
+    """Multiply fp8 weight `[out, in]` by the scales of its blocks, rounding once to `dtype`."""
     rows, columns = block
     result = torch.empty(weight.shape, dtype=dtype)
     for i, scale in enumerate(scales.float()):  # [in / columns]

@@ -1,8 +1,8 @@
-"""What the metadata of a GGUF file mean, as a published `config.json`.
+"""Translates the metadata of a GGUF file into a published `config.json`.
 
-`ARCHITECTURES` says of each of llama.cpp's architectures which family it is and what it calls the
-tensors. What a file does not say is what llama.cpp does with it: the constants of its
-`src/models/*.cpp` (https://github.com/ggml-org/llama.cpp).
+`ARCHITECTURES` maps llama.cpp's architectures to families and tensor names. What a file leaves open
+is filled in as in llama.cpp: by the constants of its `src/models/*.cpp`
+(https://github.com/ggml-org/llama.cpp).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine import PADDED
 from keys import AGAIN, Keys
 from kinds import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 
-# What llama.cpp calls each tensor, by the keys of convert_hf_checkpoint.HF_NAMES.
+# llama.cpp's tensor names, by the keys of convert_hf_checkpoint.HF_NAMES.
 GGUF_NAMES = {
     "tok_embeddings": "token_embd",
     "norm": "output_norm",
@@ -58,12 +58,12 @@ GGUF_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's architectures: the family, and what its files do not say."""
+    """An architecture of llama.cpp: its family, and what its files leave open."""
 
     family: str  # its `model_type`
-    other: tuple[str, str] = ("", "")  # and another one, with the key that only its files have
-    interleaved: bool = False  # q and k lie in Meta's rotary order already
-    gating: int = 1  # of experts: softmax; 2 is the sigmoid
+    other: tuple[str, str] = ("", "")  # an alternative family, and the key that identifies it
+    interleaved: bool = False  # q and k are stored in Meta's rotary order
+    gating: int = 1  # of the router: 1 softmax, 2 sigmoid
     fused: bool = False  # gate and up are one tensor, `ffn_up`
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     constants: dict = dataclasses.field(default_factory=dict)  # keys of the config.json
@@ -92,7 +92,7 @@ ARCHITECTURES = {
     "exaone4": Architecture("exaone4"),
 }
 
-# Numbers that a file may have, and the keys of a config.json.
+# Optional GGUF keys -> config.json keys.
 NUMBERS = {
     "attention.sliding_window": "sliding_window",
     "rope.freq_base_swa": "rope_local_base_freq",
@@ -121,7 +121,7 @@ YARN = {
     "attention.temperature_scale": "llama_4_scaling_beta",
 }
 LAST_TYPE = 6  # of tokens: a byte
-# What llama.cpp would do otherwise by these keys, and nothing here does.
+# Keys that change what llama.cpp computes, and the only supported values.
 UNKNOWN = {"attn_logit_softcapping": 0.0, "attention.clamp_kqv": 0.0, "attention.causal": True}
 
 # ------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Metadata(Keys):
         return value
 
     def copied(self, names: dict[str, str]) -> dict:
-        """Numbers and flags under those of these keys that are there; a number of 0 means none."""
+        """The values of these keys, under their new names; absent keys and zeros are skipped."""
         arch, found = self.text("general.architecture"), {}
         for key, name in names.items():
             value = self.values.get(f"{arch}.{key}")
@@ -187,11 +187,11 @@ class Metadata(Keys):
 
 
 # ------------------------------------------------------------------------------------------------
-# The tensors
+# Shapes of the tensors
 
 
 def pieces(arch: str, tensor: ReaderTensor) -> dict[str, int | slice]:
-    """The tensors that are stored as one, by the names they have here: which rows or expert."""
+    """The published tensors within a stored one: name -> rows or expert."""
     name, shape = tensor.name, shape_of(tensor)
     stem, _, kind = name.rpartition(".")
     if stem.endswith("_exps") and len(shape) == 3 and shape[0] <= MAX_EXPERTS:
@@ -203,7 +203,7 @@ def pieces(arch: str, tensor: ReaderTensor) -> dict[str, int | slice]:
 
 
 def shape_of(tensor: ReaderTensor, place: int | slice = slice(None)) -> tuple[int, ...]:
-    """The shape of a piece as PyTorch has it; GGUF counts the dimensions from the last."""
+    """The shape of a piece in PyTorch's order; GGUF lists dimensions in reverse."""
     first, *rest = tensor.shape.tolist()[::-1]
     if "ffn_gate_inp_shexp" in tensor.name and not rest:
         return 1, first
@@ -211,7 +211,7 @@ def shape_of(tensor: ReaderTensor, place: int | slice = slice(None)) -> tuple[in
 
 
 def text_shapes(arch: str, reader: GGUFReader, drafts: range) -> dict[str, tuple[int, ...]]:
-    """The shapes of the pieces of all tensors, but for rotary factors and layers that draft."""
+    """The shapes of the pieces of all tensors, except rotary factors and draft layers."""
     shapes = {}
     for tensor in reader.tensors:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)
@@ -222,7 +222,7 @@ def text_shapes(arch: str, reader: GGUFReader, drafts: range) -> dict[str, tuple
 
 
 def rope_factors(reader: GGUFReader, kind: str) -> Tensor | None:
-    """The divisors of the rotary frequencies `[D/2]` called rope_`kind`, if there are any."""
+    """The divisors of the rotary frequencies `[D/2]` in rope_`kind`, or None."""
     name = f"rope_{kind}.weight"
     found = [tensor.data for tensor in reader.tensors if tensor.name == name]
     return torch.from_numpy(np.array(found[0])) if found else None
@@ -233,15 +233,15 @@ def rope_factors(reader: GGUFReader, kind: str) -> Tensor | None:
 
 
 def shortest(value: float) -> float:
-    """The float with the fewest digits that is this float32: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def llama3_scaling(factors: Tensor, rope_theta: float, pairs: int) -> dict:
-    """The `rope_scaling` of Llama 3.1 that the divisors `[pairs]` in a GGUF file were made by."""
+    """Recover the `rope_scaling` of Llama 3.1 from the divisors `[pairs]` in a GGUF file."""
     factor = factors.max().item()
     exponents = torch.arange(len(factors)) / len(factors)
-    turns = 8192 / (2 * torch.pi * rope_theta**exponents)  # in the context of the first training
+    turns = 8192 / (2 * torch.pi * rope_theta**exponents)  # over the original context
     keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
     plain = factors.shape == (pairs,) and factors.is_floating_point()
     if not plain or not torch.allclose(factors, 1 / (keep + (1 - keep) / factor), rtol=1e-3):
@@ -256,7 +256,7 @@ def llama3_scaling(factors: Tensor, rope_theta: float, pairs: int) -> dict:
 
 
 def rope_scaling(meta: Metadata, reader: GGUFReader, rope_theta: float, pairs: int) -> dict | None:
-    """How the rotary angles are stretched, as a published config.json says it."""
+    """The `rope_scaling` of a published config.json, or None."""
     rope = f"{meta.text('general.architecture')}.rope"
     factors, short = rope_factors(reader, "freqs"), rope_factors(reader, "factors_short")
     if factors is not None and factors.max() != 1:
@@ -275,14 +275,14 @@ def rope_scaling(meta: Metadata, reader: GGUFReader, rope_theta: float, pairs: i
         raise meta.refusal(f"{rope}.scaling.type", what, "use another model")
     scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        meta.number(f"{rope}.scaling.original_context_length")  # it has to be there
+        meta.number(f"{rope}.scaling.original_context_length")  # required
         scaling |= meta.copied(YARN)
         scaling |= {"mscale": 1.0} if "mscale_all_dim" in scaling else {}
     return scaling
 
 
 def layer_types(meta: Metadata, layers: int) -> dict:
-    """`layer_types` of a config.json, where a file says it and llama.cpp does not know better."""
+    """`layer_types` of a config.json, if the file has a list of windowed layers."""
     key = f"{meta.text('general.architecture')}.attention.sliding_window_pattern"
     if not isinstance(meta.values.get(key), list):
         return {}
@@ -291,7 +291,7 @@ def layer_types(meta: Metadata, layers: int) -> dict:
 
 
 def check_known(meta: Metadata, known: dict) -> None:
-    """Raise a `UserError` if a key is there with another value than the `known` one."""
+    """Raise a `UserError` if a key is present with another value than the `known` one."""
     arch = meta.text("general.architecture")
     for key, expected in known.items():
         if meta.get(f"{arch}.{key}", expected) != expected:
@@ -300,14 +300,14 @@ def check_known(meta: Metadata, known: dict) -> None:
 
 
 def biases(shapes: dict[str, tuple[int, ...]]) -> dict:
-    """The flags of a config.json for biases, by those that are there."""
+    """The bias flags of a config.json, from the biases that the file has."""
     qkv, ffn = ("blk.0.attn_q.bias" in shapes, "blk.0.ffn_gate.bias" in shapes)
     flags = dict.fromkeys(("attention_bias", "qkv_bias", "use_bias"), qkv) | {"mlp_bias": ffn}
     return flags | {"attention_out_bias": "blk.0.attn_output.bias" in shapes}
 
 
 def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict:
-    """The published `config.json` of the model; `UserError` on what it could not express."""
+    """The published `config.json` of the model; `UserError` on what it cannot express."""
     name = meta.text("general.architecture")
     arch = ARCHITECTURES[name]
     shapes = {tensor.name: shape_of(tensor) for tensor in reader.tensors}
@@ -351,6 +351,6 @@ def build_config(meta: Metadata, reader: GGUFReader, dtype: torch.dtype) -> dict
     if "num_experts" in config:
         dense = [i for i in range(layers) if f"blk.{i}.ffn_gate.weight" in shapes]
         config |= {"mlp_only_layers": dense, "use_qk_norm": "blk.0.attn_q_norm.weight" in shapes}
-    if name == "gemma3":  # llama.cpp tells the 27B, whose scores have a scale of their own, so
+    if name == "gemma3":  # as llama.cpp recognizes the 27B, which scales scores differently
         config["query_pre_attn_scalar"] = dim // heads if layers == 62 else head_dim
     return config

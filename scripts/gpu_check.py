@@ -1,11 +1,11 @@
-"""Checks a CUDA machine in one command: is it right, and how fast.
+"""Checks correctness and speed on a CUDA machine in one command.
 
     python scripts/gpu_check.py --markdown report.md --json report.json
 
-Needs torch alone: weights are random and made on the device. Correctness (gpu_correctness.py) comes
-first, speed (gpu_speed.py) second. A failing cell is reported and the next one runs, in a new
-process where the device was lost; what would not fit into `--budget` is skipped. The exit code is 1
-if anything failed.
+Needs only torch: weights are random and made on the device. Correctness (gpu_correctness.py) comes
+first, then speed (gpu_speed.py). A failing cell is reported and the next one runs, in a new process
+if the device was lost; cells that do not fit into `--budget` are skipped. The exit code is 1 if
+anything failed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def one_cell(args: Namespace) -> list[dict]:
 
 
 def has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may begin while the one ahead still runs: sm_90 and newer."""
+    """Whether the device has programmatic dependent launch: sm_90 and newer."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -84,13 +84,13 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 class Stage(NamedTuple):
     cells: Callable[[Namespace], Iterable[dict[str, str]]]  # the labels of each cell
-    measure: Callable[..., dict]  # takes a device and the labels of a cell; the cell's row
-    weight: float  # its part of the budget; 0: it is never skipped
+    measure: Callable[..., dict]  # (device, labels of a cell) -> row
+    weight: float  # share of the budget; 0: never skipped
 
 
 STAGES = {
     "environment": Stage(one_cell, environment, 0),
-    "bandwidth-before": Stage(one_cell, speed.bandwidth, 30),  # and starting the process
+    "bandwidth-before": Stage(one_cell, speed.bandwidth, 30),  # includes starting the process
     "operators": Stage(correctness.operator_cells, correctness.check_operator, 90),
     "logits": Stage(correctness.logits_cells, correctness.check_logits, 110),
     "text": Stage(correctness.scheme_cells, correctness.check_texts, 40),
@@ -104,7 +104,7 @@ STAGES = {
     "bandwidth-after": Stage(one_cell, speed.bandwidth, 8),
 }
 USABLE = 0.97  # of the budget; the rest starts Python and writes the report
-HANGING = 20  # seconds after its limit at which a cell that does not react ends its process
+HANGING = 20  # seconds past its limit after which a hanging cell's process is ended
 
 
 def total_weight(args: Namespace) -> float:
@@ -112,9 +112,9 @@ def total_weight(args: Namespace) -> float:
 
 
 def deadline(name: str, args: Namespace) -> float:
-    """Seconds after which no cell of a stage goes on.
+    """Seconds after which no cell of a stage may run.
 
-    The stages share the budget by their weights; what one leaves is there for those after it.
+    Stages share the budget by weight; time that one leaves goes to those after it.
     """
     if not STAGES[name].weight:
         return float("inf")
@@ -124,14 +124,14 @@ def deadline(name: str, args: Namespace) -> float:
 
 
 class OutOfTime(BaseException):
-    """Raised in a cell whose time is up; no `Exception`, so that compilers let it through."""
+    """Raised in a cell whose time is up; not an `Exception`, so that compilers do not catch it."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block after so many seconds; end the process if that does not help.
+    """Raise OutOfTime in the block after `seconds`; later end the process if it still hangs.
 
-    Python sees no signal while it waits for a kernel that never ends.
+    Python handles no signal while it waits for a kernel that never ends.
     """
 
     def stop(*_):
@@ -150,14 +150,14 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def failure(error: Exception) -> dict:
-    """Print the traceback; what a row says of it."""
+    """Print the traceback; returns the row of the failed cell."""
     traceback.print_exception(error)
     words = f"{type(error).__name__}: {error}".split("\n")[0]
     return {"status": "failed", "note": words[:200]}
 
 
 def measured(measure: Callable[[], dict], left: float) -> dict:
-    """A cell's figures and status: passed, failed or, if it takes more than `left`, skipped."""
+    """A cell's results and status: passed, failed or, after `left` seconds, skipped."""
     began = time.perf_counter()
     try:
         with time_limit(left):
@@ -170,9 +170,9 @@ def measured(measure: Callable[[], dict], left: float) -> dict:
 
 
 def run_stage(name: str, args: Namespace, began: float, done: Collection) -> Iterator[dict]:
-    """Yield a row a cell, also for one that raises or for which no time is left.
+    """Yield a row for each cell, also if it raises or no time is left.
 
-    Before a cell runs comes the row that is true if its process never comes back from it.
+    Before a cell runs, a row is yielded for the case that its process does not survive.
     """
     stage, shortest = STAGES[name], {}  # seconds of a cell, by its mode
     try:
@@ -195,21 +195,21 @@ def run_stage(name: str, args: Namespace, began: float, done: Collection) -> Ite
 
 
 # ------------------------------------------------------------------------------------------------
-# The process that runs them
+# The process that runs the stages
 
-SPAWN = "spawn"  # how it is started: CUDA does not survive a fork
-LOST = 3  # its exit code where the device no longer works
+SPAWN = "spawn"  # start method: CUDA does not survive a fork
+LOST = 3  # its exit code when the device no longer works
 
 
 def recorded(file: Path) -> list[dict]:
-    """The rows in a file with one a line; of each cell the last."""
+    """The last row of each cell, from a file with one row a line."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return list({(row["stage"], row["cell"]): row for row in rows}.values())
 
 
 def works(device: torch.device) -> bool:
-    """Free what a cell left; whether the device still works: a wrong address ends its context."""
-    torch._dynamo.reset()  # it keeps what it compiled, and the model with it
+    """Free memory; whether the device still works: an illegal access ends the CUDA context."""
+    torch._dynamo.reset()  # frees what it compiled, and the model with it
     gc.collect()
     try:
         torch.cuda.empty_cache()
@@ -220,7 +220,7 @@ def works(device: torch.device) -> bool:
 
 
 def work(args: Namespace, file: Path, began: float) -> None:
-    """Run the stages and append each row to the file; what has one there is not run again."""
+    """Run the stages and append each row to the file; cells with a row there are not run again."""
     done = {(row["stage"], row["cell"]) for row in recorded(file)}
     if not has_dependent_launch(args.device):
         args = replaced(args, modes=[mode for mode in args.modes if mode != "pdl"])
@@ -233,7 +233,7 @@ def work(args: Namespace, file: Path, began: float) -> None:
 
 
 def supervise(args: Namespace, file: Path, began: float) -> None:
-    """`work` in a process of its own, and again in a new one when that dies."""
+    """Run `work` in a process, and in a new one whenever it dies."""
     code, size = 1, -1
     while code and file.stat().st_size > size and time.time() - began < args.budget:
         size = file.stat().st_size
@@ -253,8 +253,8 @@ def supervise(args: Namespace, file: Path, began: float) -> None:
 # ------------------------------------------------------------------------------------------------
 # The report
 
-# The columns of each table: keys of a row and how they are formatted. A table of another name than
-# its stage's has a row for each part that the stage's rows have under that name.
+# The columns of each table: keys of a row and their formats. A table not named after a stage has a
+# row for each part that the stage's rows hold under that name.
 TABLES = {
     "environment": "facts",
     "bandwidth": "stage GB_per_s:.1f",
@@ -281,7 +281,7 @@ its logits. `rows 1` to `rows 8` are GB/s of products of so many rows. Shares ar
 bandwidth measured. A verify pass costs so many times one token, a prefill so many times its matmuls
 in bf16 by PyTorch. A start is in seconds from a model in memory, its weights drawn on the device,
 to the first token of a new process, with empty compile caches (cold) and filled ones (warm)."""
-# The share of the bandwidth to reach at depth 0, on the shape of Llama-3-8B.
+# Target share of the bandwidth at depth 0, on the shape of Llama-3-8B.
 TARGETS = {"bf16": 0.85, "int8": 0.75, "int4 g32": 0.65}
 
 
@@ -295,7 +295,7 @@ def table(columns: str, rows: list[dict]) -> str:
 
 
 def add_shares(rows: list[dict]) -> None:
-    """Put what each measured speed is of the best bandwidth into the rows."""
+    """Add each measured speed's share of the best bandwidth to the rows."""
     best = max((row.get("GB_per_s", 0) for row in rows), default=0)
     for row in rows if best else []:
         for n in speed.WIDTHS:
@@ -309,7 +309,7 @@ def add_shares(rows: list[dict]) -> None:
 
 
 def listing(rows: list[dict], status: str) -> str:
-    """Which cells have this status, and why, a line for each reason."""
+    """The cells with this status, one line for each reason."""
     groups = defaultdict(list)
     for row in rows:
         if row["status"] == status:
@@ -319,7 +319,7 @@ def listing(rows: list[dict], status: str) -> str:
 
 
 def report(rows: list[dict], device: torch.device) -> str:
-    """Everything as markdown: the tables, then what was skipped and what failed."""
+    """The report as markdown: tables, then skipped and failed cells."""
     add_shares(rows)
     ran = [row for row in rows if row["status"] != "skipped"]
     parts = [f"### Check of {device}"]
@@ -341,7 +341,7 @@ def report(rows: list[dict], device: torch.device) -> str:
 
 
 def several(known: Collection[str]) -> Callable[[str], list[str]]:
-    """An argparse type: some of the `known` names, with commas between, in the order known."""
+    """An argparse type: comma-separated names out of `known`, in the order of `known`."""
 
     def parse(text: str) -> list[str]:
         names = text.split(",")
@@ -353,7 +353,7 @@ def several(known: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def checkout(text: str) -> Path:
-    """An argparse type: a folder with a gpu_check.py of its own."""
+    """An argparse type: a checkout with its own gpu_check.py."""
     path = Path(os.path.realpath(text))
     if not os.path.isfile(path / "scripts" / "gpu_check.py"):
         raise ArgumentTypeError(f"there is no scripts/gpu_check.py in {text!r}; name a checkout")
@@ -363,16 +363,16 @@ def checkout(text: str) -> Path:
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.group("measurement")
-    add("--budget", type=bounded(float, 0), default=540, help="seconds for everything (540)")
+    add("--budget", type=bounded(float, 0), default=540, help="seconds in total (default: 540)")
     add("--device", default="cuda", help="cuda, cuda:1; cpu with --shapes tiny tries the script")
     add("--stages", type=several(STAGES), default=[*STAGES], help=f"of {', '.join(STAGES)}")
     add("--modes", type=several(MODES), default=[*MODES], help=f"of {', '.join(MODES)}")
     shapes = ["llama-3-8b", "llama-2-7b"]
     add("--shapes", type=several(SHAPES), default=shapes, help="for speed: PRESETS or tiny")
-    add("--before", type=checkout, metavar="DIR", help="a checkout whose own speed stage runs, too")
+    add("--before", type=checkout, metavar="DIR", help="also run the speed stage of this checkout")
     add = parser.group("output")
     add("--json", type=output_file, metavar="FILE", help="write all rows as JSON")
-    add("--markdown", type=output_file, metavar="FILE", help="write the report here, too")
+    add("--markdown", type=output_file, metavar="FILE", help="also write the report here")
     return parser
 
 

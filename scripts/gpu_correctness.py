@@ -1,4 +1,4 @@
-"""What gpu_check.py calls right: operators beside float64, logits beside float32, greedy texts.
+"""Correctness checks of gpu_check.py: operators against float64, logits against float32, texts.
 
 Each check takes a device and the labels of a cell, and returns a row of the report.
 """
@@ -41,29 +41,29 @@ from scripts.gpu_models import (
 from scripts.random_weights import linears, random_linear
 
 # ------------------------------------------------------------------------------------------------
-# Every operator alone, beside float64 on the same device
+# Every operator alone, against float64 on the same device
 
 PRODUCTS = ("bf16", "int8", "int8-activation", "int4 g32", "int4 g64", "int4 g128", "int4 g256")
 WIDTHS, HEIGHTS = (576, 2048, 4096, 14336), (17, 1001, 6144)
-ROWS = (*range(1, 33), 40)  # of decoding; the last are a batch's
+ROWS = (*range(1, 33), 40)  # rows of decoding; 40 is a batch's
 PREFILLS = (1, 33, 100)
 HEAD_SIZES, HEADS = (64, 80, 96, 128, 256, 512), ((8, 2), (6, 1), (4, 4))  # query heads, KV heads
-EXPERT = (2048, 768)  # width of x and of an expert. Rounded activations would need another bound.
-POSITIONS = 300  # of a cache, besides the one for padding
-# The largest error of an output, in root mean squares of its row. Rounding an output of 4 to 8 of
-# them to bf16 is an error of up to 0.016, to float16 of 0.002; an output that misses a term or has
-# a wrong one is off by more, of the x with few values by about 0.05 where the width is 14336.
+EXPERT = (2048, 768)  # widths of x and of an expert; int8-activation would need another bound
+POSITIONS = 300  # of a cache, without the padding slot
+# The largest allowed error of an output, in units of its row's RMS. Rounding an output of 4 to 8
+# RMS to bf16 costs up to 0.016, to float16 0.002. A missing or wrong term costs more: about 0.05
+# for the sparse x at width 14336.
 OPERATOR_BOUNDS = {torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 def row_error(y: Tensor, expected: Tensor) -> float:
-    """The largest error in root mean squares of its row; NaN if there is one."""
+    """The largest error in units of its row's RMS; NaN if there is a NaN."""
     size = expected.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
     return ((y.double() - expected).abs() / size).max().item()
 
 
 def exact_product(x: Tensor, plain: Linear, weight: Tensor) -> Tensor:
-    """x `[M, in]` times the float64 weight; for int8-activation with x as the layer rounds it."""
+    """x `[M, in]` times the float64 weight; for int8-activation, x is rounded as in the layer."""
     if isinstance(plain, Int8ActivationLinear):
         step = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 127
         x = (x.float() / step).round().double() * step.double()
@@ -71,7 +71,7 @@ def exact_product(x: Tensor, plain: Linear, weight: Tensor) -> Tensor:
 
 
 def inputs(rows: int, width: int, like: Tensor) -> Iterator[Tensor]:
-    """x of normal numbers; and x in which each row has a part of the columns, to show each one."""
+    """Normal x, and sparse x whose rows have disjoint columns, so that each term shows."""
     generator = torch.Generator(like.device).manual_seed(1)
     x = torch.randn(rows, width, device=like.device, generator=generator).to(like.dtype)
     part = torch.arange(width, device=like.device) * rows // width
@@ -80,7 +80,7 @@ def inputs(rows: int, width: int, like: Tensor) -> Iterator[Tensor]:
 
 
 def not_taken(device: torch.device) -> dict:
-    """The row of what no operator takes: a failure where the kernels are to be."""
+    """The row of an unsupported case: a failure where there should be kernels."""
     return {
         "status": "failed" if has_kernels(device) else "skipped",
         "note": "no operator takes it",
@@ -90,7 +90,7 @@ def not_taken(device: torch.device) -> dict:
 def operator_verdict(
     dtype: torch.dtype, errors: dict[str, list[float]], unequal: list[str]
 ) -> dict:
-    """The row of an operator: its largest errors, and where bits differ that should not."""
+    """The row of an operator: its largest errors, and where bits differ that should be equal."""
     row = {name: torch.tensor(values).max().item() for name, values in errors.items()}
     bound = OPERATOR_BOUNDS[dtype]
     over = [name for name, value in row.items() if not value <= bound]  # NaN is over it
@@ -105,7 +105,7 @@ def operator_verdict(
 
 
 def check_product(device: torch.device, scheme: str, dtype: torch.dtype) -> dict:
-    """Each width and height: errors, and whether a row has the same bits beside any others."""
+    """All widths and heights: errors, and batch invariance of each row."""
     errors, unequal = defaultdict(list), []
     kind, groupsize = split_scheme(scheme)
     like = torch.empty(0, device=device, dtype=dtype)
@@ -133,8 +133,8 @@ def check_product(device: torch.device, scheme: str, dtype: torch.dtype) -> dict
 
 
 def places(device: torch.device, tokens: int) -> Tensor:
-    """Positions `[2, T]`, no two the same: a row with the special ones first, and neighbours."""
-    special = torch.tensor([0, 1, POSITIONS - 1, POSITIONS])  # the last is the slot for padding
+    """Positions `[2, T]`, distinct in a row: one starts with the edge cases, one is consecutive."""
+    special = torch.tensor([0, 1, POSITIONS - 1, POSITIONS])  # the last is the padding slot
     others = torch.randperm(POSITIONS - 3, generator=torch.Generator().manual_seed(tokens)) + 2
     first = torch.cat((special, others))[:tokens]
     return torch.stack((first, POSITIONS - tokens + torch.arange(tokens))).to(device)
@@ -160,14 +160,14 @@ def exact_attention(
 
 
 def normal_like(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """What draws normal numbers of a shape, the same each time."""
+    """A function that draws normal tensors of a given shape, with a fixed seed."""
     options = dict(device=device, dtype=dtype)
     generator = torch.Generator(device).manual_seed(2)
     return functools.partial(torch.randn, generator=generator, **options)
 
 
 def caches_like(kv_heads: int, size: int, like: Tensor) -> tuple[KVCache, list[Tensor]]:
-    """The cache of a layer, of two rows, and its keys and values, drawn."""
+    """A layer's cache of two rows, and the random keys and values in it."""
     cache = KVCache(2, LayerKind(kv_heads, kv_heads, size), POSITIONS, like)
     tensors = [cache.k_cache, cache.v_cache]
     for i, tensor in enumerate(tensors):
@@ -176,7 +176,7 @@ def caches_like(kv_heads: int, size: int, like: Tensor) -> tuple[KVCache, list[T
 
 
 def check_attend(device: torch.device, size: int, dtype: torch.dtype) -> dict:
-    """Attention for decoding and prefill: positions, windows, sinks, padding, grouped heads."""
+    """Attention in decoding and prefill: positions, windows, sinks, padding, grouped heads."""
     errors, unequal = defaultdict(list), []
     normal, attend = normal_like(device, dtype), torch.ops.tokenbus.attend
     for (heads, kv_heads), tokens in product(HEADS, (1, 5, 32, 70)):
@@ -189,7 +189,7 @@ def check_attend(device: torch.device, size: int, dtype: torch.dtype) -> dict:
             options = (scale, window, sinks)
             y = attend(q, *tensors, pos, *options)
             worst = row_error(y[real], exact_attention(q, tensors, pos, *options)[real])
-            finite = y.isfinite().all()  # also where padding stands
+            finite = y.isfinite().all()  # also at padding
             name = "prefill" if tokens > FEW_ROWS else "error"
             errors[name].append(worst if finite else float("nan"))
             for b, t in product(range(2), range(tokens if tokens == FEW_ROWS else 0)):
@@ -211,7 +211,7 @@ def exact_rotation(x: Tensor, freqs_cis: Tensor, gain: Tensor | None, eps: float
 
 
 def check_rotate_write(device: torch.device, size: int, dtype: torch.dtype) -> dict:
-    """q, and the caches after it: what is written where, and that nothing else is."""
+    """q and the caches afterwards: the right values at the right slots, and no other writes."""
     errors, unequal = defaultdict(list), []
     normal, rotate_write = normal_like(device, dtype), torch.ops.tokenbus.rotate_write
     angles, eps = torch.rand(POSITIONS + 1, size // 2, device=device) * 6, 1e-5
@@ -243,7 +243,7 @@ def check_rotate_write(device: torch.device, size: int, dtype: torch.dtype) -> d
 
 
 def check_experts(device: torch.device, scheme: str, dtype: torch.dtype) -> dict:
-    """The FFNs of the chosen experts, as decoding runs them, and rows alone and beside others."""
+    """The FFNs of the chosen experts in decoding: errors, and batch invariance of each row."""
     kind, groupsize = split_scheme(scheme)
     (dim, width), normal, unequal = EXPERT, normal_like(device, dtype), []
     options = Mixture(experts=12, chosen=4, width=width)
@@ -287,11 +287,11 @@ def operator_cells(args: Namespace) -> Iterator[dict]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Logits beside the same model in float32 on the CPU
+# Logits against the same model in float32 on the CPU
 
 
 def float_model(model: Transformer) -> Transformer:
-    """The model in float32 on the CPU, its weights dequantized in float32."""
+    """The model in float32 on the CPU, with dequantized weights."""
     model = copy.deepcopy(model).cpu().float()
     for name, linear in linears(model).items():
         plain = Linear(linear.in_features, linear.out_features)
@@ -301,7 +301,7 @@ def float_model(model: Transformer) -> Transformer:
 
 
 def float_logits(model: Transformer, text: Tensor) -> Tensor:
-    """The reference: logits `[B, T, V]` of text `[B, T]`, in one pass."""
+    """Reference logits `[B, T, V]` of text `[B, T]`, in one pass."""
     model.setup_caches(*text.shape)
     return model(text, torch.arange(text.shape[1]).expand_as(text), text.shape[1]).logits
 
@@ -311,8 +311,8 @@ def random_text(rows: int, length: int) -> Tensor:
     return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-# The largest error of a position's logits, ‖logits - reference‖ / ‖reference‖: three times that of
-# bf16 on a CPU.
+# The largest allowed error of a position's logits, ‖logits - reference‖ / ‖reference‖: three times
+# that of bf16 on a CPU.
 BOUNDS = dict.fromkeys(SCHEMES, 0.03) | {"int8-activation": 0.09}
 PROMPT, SHORTER, TEXT = 60, 47, 72  # tokens; decoding crosses 64 positions, where kv_len changes
 LENGTH, VERIFIED = 256, 5  # positions of the cache, tokens of a verify pass
@@ -320,20 +320,20 @@ REPLAYS = 200
 
 
 def error(logits: Tensor, expected: Tensor) -> float:
-    """The largest relative error of all positions; NaN if there is a NaN."""
+    """The largest relative error over all positions; NaN if there is a NaN."""
     logits = logits.float().cpu()
     return ((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
 
 def check_logits(device: torch.device, model: str, scheme: str, mode: str) -> dict:
-    """The error of each kind of pass: prefill, decoding, verifying, and a padded batch's."""
+    """The error of each kind of pass: prefill, decoding, verify, and a padded batch."""
     network, text = build(SMALL[model], scheme, device), random_text(2, TEXT)
     expected, bound = float_logits(float_model(network), text), BOUNDS[scheme]
     first, verified = expected[:1], slice(PROMPT, PROMPT + 2 * VERIFIED)
     engine = start(network, mode, 1, LENGTH)
     row = {"ran": runner(engine)}
     errors = {"prefill": error(forward(engine, text, [0], PROMPT), first[:, :PROMPT])}
-    forward(engine, text.roll(1, 1), [PROMPT], VERIFIED)  # rejected: decoding writes over it
+    forward(engine, text.roll(1, 1), [PROMPT], VERIFIED)  # a rejected draft: decoding overwrites it
     steps = [forward(engine, text, [at], 1) for at in range(PROMPT, TEXT)]
     errors["decode"] = error(torch.cat(steps, 1), first[:, PROMPT:])
     passes = [forward(engine, text, [PROMPT + at], VERIFIED) for at in (0, VERIFIED)]
@@ -353,7 +353,7 @@ def check_logits(device: torch.device, model: str, scheme: str, mode: str) -> di
 
 
 def replays(engine: Engine, text: Tensor) -> str:
-    """Whether a step and a verify pass give the same bits however often they run."""
+    """Whether a step and a verify pass give the same bits in every repetition."""
     for count in (1, VERIFIED):
         first = forward(engine, text, [PROMPT], count)
         if any(not forward(engine, text, [PROMPT], count).equal(first) for _ in range(REPLAYS)):
@@ -367,9 +367,9 @@ def logits_cells(args: Namespace) -> Iterator[dict]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Greedy text: the same however it is made
+# Greedy text is the same in every mode
 
-# The largest gap between two logits that rounding may exchange, in standard deviations of logits.
+# The largest gap of two logits that rounding may swap, in standard deviations of the logits.
 TIES = {scheme: 3 * bound for scheme, bound in BOUNDS.items()}
 NEW_TOKENS = 48
 
@@ -380,7 +380,7 @@ def greedy(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def verified(engine: Engine, prompt: list[int], new: list[int]) -> list[int]:
-    """The likeliest tokens when `new` is verified, a few tokens a pass."""
+    """The greedy tokens when `new` is verified, several tokens a pass."""
     picks = engine.prefill([prompt]).argmax(-1).tolist()
     text = torch.tensor([prompt + new])
     for at in range(len(prompt), text.shape[1] - VERIFIED, VERIFIED):
@@ -389,7 +389,7 @@ def verified(engine: Engine, prompt: list[int], new: list[int]) -> list[int]:
 
 
 def gaps(reference: Transformer, prompt: list[int], new: list[int]) -> Tensor:
-    """How far each new token's float32 logit is below the largest, in standard deviations."""
+    """How far each new token's float32 logit is below the maximum, in standard deviations."""
     logits = float_logits(reference, torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]
     chosen = logits.gather(1, torch.tensor(new).unsqueeze(1)).squeeze(1)
     return (logits.amax(-1) - chosen) / logits.std(-1)
@@ -398,8 +398,8 @@ def gaps(reference: Transformer, prompt: list[int], new: list[int]) -> Tensor:
 def difference(
     reference: Transformer, prompt: list[int], expected: list[int], found: list[int]
 ) -> tuple[str, float]:
-    """The first token in which two texts differ, in words, and the gap of the two logits there."""
-    pairs = zip(expected, found, strict=False)  # a verified text may end earlier
+    """Describe the first token in which two texts differ; also returns the gap of its logits."""
+    pairs = zip(expected, found, strict=False)  # a verified text may be shorter
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if at is None:
         return "equal", 0.0
@@ -408,9 +408,9 @@ def difference(
 
 
 def check_texts(device: torch.device, scheme: str, mode: str) -> dict:
-    """PyTorch's text beside float32, the mode's beside PyTorch's, its batch and verify beside its.
+    """PyTorch's text against float32's, the mode's against PyTorch's and its batch and verify.
 
-    PyTorch's is that of the mode `torch`: uncaptured and without a kernel of ours.
+    PyTorch's text is that of mode `torch`: uncaptured, without our kernels.
     """
     model, tie = build(SMALL["llama"], scheme, device), TIES[scheme]
     reference, text = float_model(model), random_text(2, 40)
@@ -445,10 +445,10 @@ def scheme_cells(args: Namespace) -> Iterator[dict]:
 
 @contextlib.contextmanager
 def no_waiting(device: torch.device) -> Iterator[None]:
-    """Raise RuntimeError at what waits for all that the GPU was given to do.
+    """Raise RuntimeError when the host synchronizes with the device.
 
-    Allowed is `Event.synchronize`, by which the loop reads a token that is already on its way;
-    PyTorch does not count it.
+    `Event.synchronize`, by which the loop reads a token already on its way, is allowed: PyTorch
+    does not count it.
     """
     if device.type != "cuda":
         yield
@@ -461,13 +461,13 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 
 def check_waiting(device: torch.device, scheme: str, mode: str) -> dict:
-    """Greedy text of one row, and sampled text of two with log probabilities."""
+    """Generate greedy text of one row, and sampled text of two with log probabilities."""
     model, prompts, count = build(SMALL["llama"], scheme, device), random_text(2, 40).tolist(), 0
     for rows, sampling, logprobs in ((1, GREEDY, None), (2, WARM, 3)):
         engine, options = start(model, mode, rows, LENGTH), endless(rows) | {"logprobs": logprobs}
-        engine.warm_up(rows)  # capturing waits
+        engine.warm_up(rows)  # capturing synchronizes
         tokens = generate(engine, prompts[:rows], sampling, NEW_TOKENS, **options)
-        next(tokens)  # and so does sending a prompt to the device
+        next(tokens)  # and so does copying a prompt to the device
         with no_waiting(device):
             count += sum(1 for _ in tokens)
     return {"ran": runner(engine), "steps": count}

@@ -1,4 +1,4 @@
-"""What gpu_check.py checks: models with random weights, and the modes, who runs their steps."""
+"""The models of gpu_check.py, with random weights, and the modes: who runs their steps."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from scripts.random_weights import empty_model, fill, linears
 
 # fused: what Engine chooses. operators: modules on this project's operators. torch: modules on
 # PyTorch's own operations. pdl: the fused step with programmatic dependent launch, on GPUs that
-# have it. block: modules on the operators, in one compiled block. All are captured as CUDA graphs
-# but torch, which the others are compared with.
+# have it. block: modules on the operators, in one compiled block. All but torch, the reference, are
+# captured as CUDA graphs.
 MODES = ("fused", "operators", "torch", "pdl", "block")
 SCHEMES = ("bf16", "int8", "int8-activation", "int4 g32", "int4 g128")
 GREEDY, WARM = Sampling(temperature=0), Sampling(temperature=0.8, top_k=50)
-# Widths are multiples of 128, so that every scheme fits, and as odd as published ones otherwise.
+# Widths are multiples of 128, so that every scheme fits, and otherwise as odd as published ones.
 SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def small(*sizes: int, **options) -> ModelArgs:
-    """A model of two layers: dim, heads, KV heads and FFN width, and what its config.json adds."""
+    """A model of two layers: dim, heads, KV heads, FFN width, and further config.json keys."""
     config = {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 512}
     config |= {"max_position_embeddings": 512} | dict(zip(SIZES, sizes, strict=True))
     return from_config(config | options)
@@ -52,7 +52,7 @@ SHAPES = {name: preset(name) for name in preset_names()} | {"tiny": SMALL["llama
 
 
 def split_scheme(scheme: str) -> tuple[str, int]:
-    """The scheme and the group size of a name such as `int4 g128`; 32 where it says none."""
+    """Scheme and group size of a name such as `int4 g128`; 32 by default."""
     kind, _, groupsize = scheme.partition(" g")
     return kind, int(groupsize or 32)
 
@@ -62,14 +62,14 @@ def build(args: ModelArgs, scheme: str, device: torch.device) -> Transformer:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether this project's operators have to run on the device."""
+    """Whether the device should run this project's operators."""
     kernels = linear.kernels_for(device.type)
     return device.type == "cuda" and kernels is not None and kernels.supported(device)
 
 
 @contextlib.contextmanager
 def choosing(mode: str) -> Iterator[None]:
-    """Within the block an Engine and the cache before it are made for this mode."""
+    """Within the block, caches and Engines are created for this mode."""
     kernels_for = linear.kernels_for
 
     def chosen(device: str) -> object:
@@ -98,17 +98,17 @@ def runner(started: Engine) -> str:
 
 
 def expected_runner(network: Transformer, mode: str) -> str:
-    """Who should run the steps of a mode where the kernels are."""
+    """Who should run the steps of a mode on a device with kernels."""
     rounds = any(isinstance(x, Int8ActivationLinear) for x in linears(network).values())
     if mode in ("fused", "pdl"):
-        return "operators" if rounds else "fused"  # which does not round activations
+        return "operators" if rounds else "fused"  # the fused step does not round activations
     return "torch" if mode == "torch" else "operators"
 
 
 def start(network: Transformer, mode: str, rows: int, length: int) -> Engine:
-    """An engine on a new cache full of noise: reading what was not written would show.
+    """An engine on a new cache filled with noise, so that reads of unwritten slots show.
 
-    Raises RuntimeError if, on a device with kernels, another step runs than the mode's.
+    Raises RuntimeError if a device with kernels runs another step than the mode's.
     """
     for layer in linears(network).values():  # another mode may have packed it
         layer.tiles = layer.grid = None
@@ -135,9 +135,9 @@ def forward(engine: Engine, text: Tensor, begins: list[int], count: int) -> Tens
     if count > FEW_ROWS:
         step, last = engine.prefill_step, torch.arange(count, device=device).expand_as(idx)
     logits = step(idx.to(device), pos.to(device), kv_len, last).logits
-    return logits.clone()  # a CUDA graph writes the next ones over these
+    return logits.clone()  # the next graph replay overwrites these
 
 
 def endless(rows: int = 1) -> dict:
-    """What `generate` takes for texts that end with their length alone."""
+    """Options of `generate` for texts that end only by length."""
     return dict(until=lambda _row, _token: False, seeds=[0] * rows)

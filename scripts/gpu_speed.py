@@ -1,4 +1,4 @@
-"""How fast a GPU is, as gpu_check.py measures it: products alone, whole steps, starts, memory.
+"""Speed measurements of gpu_check.py: single matmuls, whole steps, starts, memory.
 
 Each measurement takes a device and the labels of a cell, and returns a row of the report.
 """
@@ -43,8 +43,8 @@ from scripts.machine import cache_bytes, free_bytes, read_bandwidth
 from scripts.random_weights import linears, random_linear
 
 ROOT = Path(__file__).resolve().parents[1]
-REPEATS, PATIENCE = 5, 4.0  # repetitions of a measurement; none begins after so many seconds
-WIDTHS = (1, 2, 4, 8)  # rows of a product, tokens of a verify pass
+REPEATS, PATIENCE = 5, 4.0  # repetitions of a measurement; none starts after PATIENCE seconds
+WIDTHS = (1, 2, 4, 8)  # rows of a matmul, tokens in a verify pass
 
 
 def bandwidth(device: torch.device) -> dict:
@@ -52,7 +52,7 @@ def bandwidth(device: torch.device) -> dict:
 
 
 def timings(device: torch.device, work: Callable, prepare: Callable = lambda: None) -> list[float]:
-    """The seconds that `work` takes on what `prepare` returns, in each of the repetitions."""
+    """Seconds of `work` on what `prepare` returns, for each repetition."""
     times, end = [], time.perf_counter() + PATIENCE
     while len(times) <= REPEATS and (len(times) < 2 or time.perf_counter() < end):
         prepared = prepare()
@@ -65,15 +65,15 @@ def timings(device: torch.device, work: Callable, prepare: Callable = lambda: No
 
 
 # ------------------------------------------------------------------------------------------------
-# Products and attention alone
+# Matmuls and attention alone
 
 DEPTHS_ALONE = (512, 8192, 32768)  # positions that attention reads
-COPIES = 128  # of a weight or a cache, at most
-REPLAYS = 20  # in one timing, so that the host's part of it is small
+COPIES = 128  # at most, of a weight or a cache
+REPLAYS = 20  # in one timing, so that host overhead is small
 
 
 def replayable(device: torch.device, work: Callable[[], object]) -> Callable[[], object]:
-    """The work as a CUDA graph, so that no launch by the host is timed; on a CPU as it is."""
+    """`work` as a CUDA graph, so that host launches are not timed; on a CPU unchanged."""
     if device.type != "cuda":
         return work
     side = torch.cuda.Stream()
@@ -88,14 +88,14 @@ def replayable(device: torch.device, work: Callable[[], object]) -> Callable[[],
 
 
 def cold_bytes(device: torch.device) -> int:
-    """How many bytes must be read in turns so that none is still in a cache: 4 times the last."""
+    """Bytes to cycle through so that no read hits a cache: 4 times the last-level cache."""
     if device.type == "cuda":
         return 4 * torch.cuda.get_device_properties(device).L2_cache_size
     return 4 * cache_bytes()
 
 
 def rates(device: torch.device, size: int, works: dict[int, Callable[[], object]]) -> dict:
-    """GB/s of works that read `size` bytes, by their rows."""
+    """GB/s of each of `works`, which read `size` bytes, by rows."""
     found, times = {}, REPLAYS if device.type == "cuda" else 1
     for rows, work in works.items():
         replay = replayable(device, work)
@@ -105,7 +105,7 @@ def rates(device: torch.device, size: int, works: dict[int, Callable[[], object]
 
 
 def matrices(args: ModelArgs) -> dict[str, tuple[int, int]]:
-    """Width and height of each matrix of a layer, and of the output."""
+    """Width and height of each matrix of a layer, and of the output matrix."""
     kind, ffn = args.kinds[0], args.intermediate_size
     q, kv = kind.n_head * kind.head_dim, kind.n_local_heads * kind.head_dim
     found = {"wqkv": (args.dim, q + 2 * kv), "wo": (q, args.dim), "w1": (args.dim, ffn)}
@@ -113,7 +113,7 @@ def matrices(args: ModelArgs) -> dict[str, tuple[int, int]]:
 
 
 def measure_product(device: torch.device, shape: str, what: str, scheme: str) -> dict:
-    """GB/s of one product, or of attention after so many positions, for 1 to 8 rows."""
+    """GB/s of one matmul, or of attention at a depth, for 1 to 8 rows."""
     if what.startswith("attend"):
         return measure_attend(device, SHAPES[shape], int(what.split()[1]))
     size, options = matrices(SHAPES[shape])[what], (device, torch.bfloat16)
@@ -136,7 +136,7 @@ def measure_product(device: torch.device, shape: str, what: str, scheme: str) ->
 
 
 def measure_attend(device: torch.device, args: ModelArgs, depth: int) -> dict:
-    """GB/s of the keys and values that a layer's attention reads, the last rows at `depth`."""
+    """GB/s of the keys and values that a layer's attention reads, with the last rows at `depth`."""
     kind, like = args.kinds[0], torch.empty(0, device=device, dtype=torch.bfloat16)
     caches = [KVCache(1, kind, depth + 1, like)]
     if not caches[0].has_kernels:
@@ -182,7 +182,7 @@ def decoding(engine: Engine, depth: int) -> dict:
 
     times = timings(model.device, list, begin)
     seen = sum(depth + 2 + step for step in range(GEN)) / GEN
-    steps = GEN - engine.launches_ahead  # the first ran before the clock did
+    steps = GEN - engine.launches_ahead  # the first ran before the clock started
     speeds = {"tokens_per_s": steps / median(times)}
     speeds |= {"min": steps / max(times), "max": steps / min(times)}
     return {"depth": depth, "MB_per_token": model.bytes_per_step(seen) / 1e6} | speeds
@@ -208,14 +208,14 @@ def measure_speed(device: torch.device, shape: str, scheme: str, mode: str) -> d
 
 
 def matmul_seconds(model: torch.nn.Module) -> float:
-    """Seconds that PyTorch takes to multiply a prompt's activations with every matrix in bf16."""
+    """Seconds of PyTorch's bf16 matmuls of a prompt's activations with every matrix."""
     weights = [linear.weight for name, linear in linears(model).items() if name != "output"]
     x = {w.shape[1]: torch.randn(PREFILL, w.shape[1], device=w.device).to(w) for w in weights}
     return median(timings(model.device, lambda _: [F.linear(x[w.shape[1]], w) for w in weights]))
 
 
 def speed_cells(args: Namespace) -> Iterator[dict]:
-    """The most informative first; what comes last is measured if time is left."""
+    """Cells, most informative first: the last ones are measured only if time is left."""
     first = args.shapes[:1]
     cells = itertools.chain(
         product(args.shapes, ("fused",), MAIN),
@@ -227,13 +227,13 @@ def speed_cells(args: Namespace) -> Iterator[dict]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Where the time of a step goes
+# The kernels of a step
 
 TRACED = 8  # steps
 
 
 def measure_kernels(device: torch.device, shape: str, scheme: str, mode: str) -> dict:
-    """Launches and microseconds a step of each kernel (on a CPU: operation), the slowest first."""
+    """Launches and microseconds a step of each kernel (on a CPU: operation), slowest first."""
     model = build(SHAPES[shape], scheme, device)
     engine, token = start(model, mode, 1, 512), torch.ones(1, 1, dtype=torch.int64, device=device)
     engine.warm_up(1)
@@ -261,11 +261,11 @@ def kernel_cells(args: Namespace) -> Iterator[dict]:
 # ------------------------------------------------------------------------------------------------
 # The first token of a new process
 
-STARTS = {"fused": "12, 3", "block": "25, 10"}  # seconds to reach, cold and warm
+STARTS = {"fused": "12, 3", "block": "25, 10"}  # target seconds, cold and warm
 
 
 def first_tokens(device: str, shape: str, scheme: str, mode: str) -> dict:
-    """Seconds to make a model, then to its first and second token, as generate.py starts one."""
+    """Seconds to build a model, then to its first and second token, started as in generate.py."""
     began, where = time.perf_counter(), find_device(device)
     model = build(SHAPES[shape], scheme, where)
     synchronize(where)
@@ -282,7 +282,7 @@ def first_tokens(device: str, shape: str, scheme: str, mode: str) -> dict:
 
 
 def measure_start(device: torch.device, shape: str, scheme: str, mode: str) -> dict:
-    """Seconds from a model in memory to its first token in new processes: caches cold, then warm.
+    """Seconds from a model in memory to its first token, in new processes: caches cold, then warm.
 
     The weights are drawn on the device, not read from a file.
     """
@@ -314,7 +314,7 @@ MEMORY_LENGTH = 4096
 
 
 def measure_memory(device: torch.device, shape: str, scheme: str, mode: str) -> dict:
-    """GB at the peak of building a model, a prefill and a step: no weight may be there twice."""
+    """Peak GB of building a model, a prefill and a step: no weight may exist twice."""
     room, on_gpu = ROOM.get(shape, math.inf), device.type == "cuda"
     if on_gpu and shape in ROOM and free_bytes(device) < room * 1e9:
         return {"status": "skipped", "note": f"needs {room} GB of memory"}
@@ -341,12 +341,12 @@ def memory_cells(args: Namespace) -> Iterator[dict]:
 
 
 def measure_before(device: torch.device, checkout: str, shapes: str, seconds: str) -> dict:
-    """The report of the speed stage of a checkout's own gpu_check.py, run in a new process."""
+    """The report of another checkout's gpu_check.py for the speed stage, run in a new process."""
     flags = ["--device", str(device), "--shapes", shapes, "--budget", seconds]
     flags += ["--stages", "bandwidth-before,speed"]
     command = [sys.executable, f"{checkout}/scripts/gpu_check.py", *flags]
     done = subprocess.run(command, cwd=checkout, stdout=subprocess.PIPE, text=True)
     row = {"code": done.returncode, "report": done.stdout}
-    if done.returncode not in (0, 1) or not done.stdout:  # 1: a cell of it failed
+    if done.returncode not in (0, 1) or not done.stdout:  # 1: a cell failed
         return row | {"status": "failed", "note": f"it ended with code {done.returncode}"}
     return row

@@ -1,4 +1,4 @@
-"""The machine: how fast its memory is read, how long things take, and who else is using it."""
+"""Measures the machine: read bandwidth, timings, memory, and CPU use by other processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine import synchronize
 
 
 def cache_bytes() -> int:
-    """Bytes of the CPU's last-level caches, all of them; 64 MiB where the system does not say."""
+    """Total bytes of the CPU's last-level caches; 64 MiB if the system does not say."""
     found: dict[tuple[int, str], int] = {}
     for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
         with contextlib.suppress(OSError, ValueError):
@@ -34,13 +34,13 @@ def cache_bytes() -> int:
 
 
 def probe_bytes(device: torch.device) -> int:
-    """How much the bandwidth probe reads at once: far more than the caches hold."""
+    """Size of the bandwidth probe's buffer: far more than the caches hold."""
     if device.type == "cuda":
         return min(4 << 30, torch.cuda.mem_get_info(device)[0] // 2)
     return max(8 * cache_bytes(), 1 << 28)
 
 
-# Every way of reading a buffer is limited by something on some machine; the fastest one counts.
+# Each way to read a buffer has a bottleneck on some machine; the fastest one counts.
 READERS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum of int64": lambda x: x.view(torch.int64).sum(),
     "sum of float32": lambda x: x.sum(),
@@ -51,7 +51,7 @@ READERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """The bytes a second that all threads together read from memory: the best of five tries."""
+    """Bytes a second that all threads together read from memory: the best of five tries."""
     buffer = torch.ones(probe_bytes(device) // 8192 * 2048, device=device)  # written: really there
     best = float("inf")
     for _ in range(6):  # the first warms up
@@ -65,7 +65,7 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def busy_seconds(stat: Path = Path("/proc/stat")) -> float | None:
-    """CPU seconds of all processes since boot, also of other virtual machines; None if unknown."""
+    """CPU seconds of all processes since boot, plus steal time (other VMs); None if unknown."""
     try:
         words = stat.read_text().split("\n")[0].split()
     except OSError:
@@ -75,13 +75,13 @@ def busy_seconds(stat: Path = Path("/proc/stat")) -> float | None:
 
 
 def own_seconds() -> float:
-    """CPU seconds of this process, all threads, and of its children that have ended."""
+    """CPU seconds of this process, all threads, and of its finished children."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 class Timing:
-    """Seconds of a measurement's repetitions, and the CPU time others used meanwhile."""
+    """Seconds of each repetition, and the CPU time that other processes used meanwhile."""
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -100,16 +100,16 @@ class Timing:
         self.foreign = self.foreign + after - busy - own if known else None
 
     def disturbed(self) -> bool | None:
-        """Whether others used over 5 % of a core; None if that is not known.
+        """Whether other processes used over 5 % of a core; None if unknown.
 
-        The system counts in ticks of 10 ms, so two of them are allowed for.
+        The system counts in ticks of 10 ms, so two of them are tolerated.
         """
         if self.foreign is None:
             return None
         return self.foreign > 0.05 * sum(self.seconds) + 0.02
 
     def spread(self, amount: float) -> dict[str, float]:
-        """Median, least and largest of `amount` over the seconds of each repetition."""
+        """Median, minimum and maximum of `amount` a second over the repetitions."""
         rates = [amount / seconds for seconds in self.seconds]
         return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
 
@@ -120,7 +120,7 @@ def any_disturbed(*timings: Timing) -> bool | None:
 
 
 def probe(device: torch.device) -> tuple[float, bool | None]:
-    """The read bandwidth, and whether other processes took a part of it."""
+    """The read bandwidth, and whether other processes disturbed the measurement."""
     timing = Timing()
     with timing.clock(device):
         bandwidth = read_bandwidth(device)
@@ -128,7 +128,7 @@ def probe(device: torch.device) -> tuple[float, bool | None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """How much memory the device has left."""
+    """Free memory of the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError, IndexError):
@@ -138,10 +138,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory in use so far: the allocator's on CUDA, else this process's."""
+    """Peak memory so far: the allocator's on CUDA, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, IndexError):  # ru_maxrss would begin at the parent's
+    with contextlib.suppress(OSError, IndexError):  # ru_maxrss would start at the parent's
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

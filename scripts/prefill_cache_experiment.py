@@ -2,8 +2,8 @@
 
     python scripts/prefill_cache_experiment.py --contexts context/*.txt --runs 10 --output FILE
 
-For each context it alternates runs without the cache, from memory and from disk, so that what
-slows the machine slows all three. Prints a table, and writes it with --output.
+For each context, runs without the cache, from memory and from disk alternate, so that disturbances
+hit all three. Prints a table; --output also writes it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from process import run
 from tokenizer import Tokenizer
 
 KINDS = ("without", "from memory", "from disk")
-BYTES = 2**40  # a budget that nothing here fills
+BYTES = 2**40  # a budget that is never reached
 COLUMNS = (
     "context tokens",
     *(f"first token {kind}, ms" for kind in KINDS),
@@ -42,7 +42,7 @@ COLUMNS = (
 
 
 def timed(engine: Engine, prompt: list[int], count: int) -> tuple[list[int], dict[str, float]]:
-    """Greedy text after a prompt and its figures: seconds, and decoded tokens a second."""
+    """Greedy text after a prompt, and its timings: seconds, and decoded tokens a second."""
     device, tokens = engine.model.device, []
     synchronize(device)
     times = [time.perf_counter()]
@@ -74,14 +74,14 @@ def stored(
         action()
         synchronize(model.device)
         seconds[name] = time.perf_counter() - began
-    cache.folder = None  # the runs measure one way of loading at a time
+    cache.folder = None  # the runs measure memory and disk separately
     return cache, seconds
 
 
 def measure(
     engine: Engine, context: list[int], prompt: list[int], args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """All figures of one context, a list of one value a run."""
+    """All metrics of one context: lists of one value a run."""
     found: dict[str, list[float]] = {}
     for attempt in range(args.runs + 1):  # the first warms up
         with temporary_folder() as folder:
@@ -89,7 +89,7 @@ def measure(
             kept, seconds = stored(engine, context, folder)
             texts = {}
             for kind in KINDS:
-                # What a new process has: nothing in memory, and no fingerprint either.
+                # As in a new process: nothing in memory, not even the fingerprint.
                 new = PrefillCache(BYTES, folder)
                 engine.cache = {"without": None, "from memory": kept, "from disk": new}[kind]
                 texts[kind], figures = timed(engine, context + prompt, args.max_new_tokens)

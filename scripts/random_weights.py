@@ -1,4 +1,4 @@
-"""Models with random weights in every scheme, made on the device: no file is needed."""
+"""Makes models with random weights in every scheme, on the device, without a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def linears(model: Transformer) -> dict[str, Linear]:
 
 
 def empty_model(args: ModelArgs, scheme: str, groupsize: int) -> Transformer:
-    """The model without values, on the meta device; `groupsize` has to divide every width."""
+    """The model on the meta device; `groupsize` has to divide every width."""
     with torch.device("meta"):
         model = Transformer(args)
     for name, linear in linears(model).items():
@@ -34,7 +34,7 @@ def empty_model(args: ModelArgs, scheme: str, groupsize: int) -> Transformer:
 
 
 def noise(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-    """Fill a tensor by repeating a million random values, which is enough and fast."""
+    """Fill a tensor by repeating a million random values: fast, and random enough."""
     flat = tensor.view(-1)
     known = min(1_000_003, len(flat))  # a prime, so that no two rows are the same
     draw(flat[:known])
@@ -52,7 +52,7 @@ def random_linear(
     dtype: torch.dtype,
     experts: int = 0,
 ) -> Linear:
-    """A Linear alone, of shape `(in, out)`, or the same one of several experts."""
+    """A single Linear of shape `(in, out)`, or a stack of experts of that shape."""
     with torch.device("meta"):
         plain = Linear(*shape, experts=experts)
         groups = torch.empty(shape[0] // groupsize, 0)
@@ -72,9 +72,9 @@ def fill(model: Transformer, device: torch.device, symmetric: bool = False) -> T
 
 
 def pack(model: Transformer) -> Transformer:
-    """Pack weights that are in no file, one by one, without keeping two copies of them.
+    """Pack weights that come from no file, one by one, without keeping two copies.
 
-    The stored ones are freed where kernels have their own; their sizes stay known.
+    Stored weights are freed where kernels have their own copy; their sizes stay known.
     """
     tied = model.output.weight is model.tok_embeddings.weight
     for linear in linears(model).values():
@@ -90,9 +90,9 @@ def pack(model: Transformer) -> Transformer:
 
 
 def randomize(whole: nn.Module, symmetric: bool = False) -> None:
-    """Draw all weights of a module on its device; matmuls keep the size of x.
+    """Draw all weights of a module on its device; matmuls preserve the scale of x.
 
-    The zeros of `symmetric` int4 are 0, as those of llama.cpp's Q4_0 are.
+    With `symmetric`, the zeros of int4 are 0, as in llama.cpp's Q4_0.
     """
     device = next(whole.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
@@ -103,7 +103,7 @@ def randomize(whole: nn.Module, symmetric: bool = False) -> None:
     for name, module in whole.named_modules():
         spread = getattr(module, "in_features", 1) ** -0.5
         for key, tensor in module.named_parameters(recurse=False):
-            if tensor.dtype in (torch.int8, torch.uint8):  # every bit random
+            if tensor.dtype in (torch.int8, torch.uint8):  # all bits random
                 noise(tensor, lambda x: x.view(torch.uint8).random_(256, generator=generator))
             elif key == "scales_and_zeros":
                 scales, zeros = torch.empty(
