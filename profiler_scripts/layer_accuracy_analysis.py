@@ -1,20 +1,20 @@
-"""Measures what each Linear costs in accuracy when it is int4, and chooses those to store better.
+"""Measures the accuracy that int4 costs in each Linear, and chooses Linears for higher precision.
 
     python profiler_scripts/layer_accuracy_analysis.py --model_path model.pth --report_file r.md
 
-Everything starts in int4, in groups of --groupsize. One Linear at a time is raised to int8, and to
-int4 in groups of 32 if those are smaller, and the loss that this saves is divided by the bytes it
-costs. What saves most a byte is taken as long as it fits the budget, and the model so made is
-measured once more on text that had no part in the choice.
+Everything starts in int4 with --groupsize. One Linear at a time is raised to int8, and to int4 in
+groups of 32 if those are smaller; the loss saved is divided by the bytes it costs. Linears that
+save most per byte are chosen greedily within the budget, and the resulting model is measured once
+more on held-back text.
 
-The loss is by default the KL divergence of the bf16 model's next-token distributions from those of
-the rounded one. A Linear of block i changes nothing before block i, so what enters each block of
-the int4 model is kept and only the blocks from i on are run. The time goes into these runs, half
-a model on average for each trial, plus the output matrix; for SmolLM2-135M's 151 Linears with the
-default limit some minutes on two cores. An lm-eval task runs in full for each trial: hours.
+The default loss is the KL divergence of the bf16 model's next-token distributions from those of the
+rounded one. A Linear of block i changes nothing before block i, so the inputs of each block of the
+int4 model are kept, and only the blocks from i on are run: half a model on average for each trial,
+plus the output matrix. For SmolLM2-135M's 151 Linears with the default limit that takes some
+minutes on two cores. An lm-eval task runs in full for each trial: hours.
 
---quantize writes the checkpoint as well, its int4 calibrated on the text that ranks. Without it,
-`quantize.py --mode hybrid --critical_layers @FILE` takes the list written by --layers_file.
+--quantize also writes the checkpoint, its int4 calibrated on the ranking text. Without it, pass the
+list from --layers_file to `quantize.py --mode hybrid --critical_layers @FILE`.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ PARTS = ("ranking", "held back")  # of the text or the task
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 # ------------------------------------------------------------------------------------------------
-# The model in int4, each Linear ready in what it may be raised to
+# The int4 model, and each Linear in every scheme
 
 
 @dataclasses.dataclass
 class Variants:
-    """A model whose Linears can be exchanged: by scheme, then by name, the modules and the bytes
-    that a checkpoint stores of each (scales included, a bias not)."""
+    """A model with exchangeable Linears, `modules[scheme][name]`, and the bytes that a checkpoint
+    stores of each, with scales and without bias."""
 
     model: Transformer
     modules: dict[str, dict[str, Linear]]
     nbytes: dict[str, dict[str, int]]
 
     def use(self, schemes: dict[str, str]) -> None:
-        """Put these Linears, by name, into these schemes."""
+        """Switch Linears to these schemes, by name."""
         for name, scheme in schemes.items():
             self.model.set_submodule(name, self.modules[scheme][name])
 
@@ -82,7 +82,7 @@ class Variants:
         return sum(self.nbytes[scheme][name] for name, scheme in schemes.items())
 
     def bits(self, schemes: dict[str, str]) -> float:
-        """Bits a weight over all Linears."""
+        """Average bits a weight over all Linears."""
         return 8 * self.total(schemes) / self.weights
 
     @property
@@ -101,17 +101,16 @@ def check_plain(model: Transformer, args: Namespace) -> None:
 
 
 def levels(groupsize: int) -> list[str]:
-    """The schemes that an int4 Linear may be raised to, as `quantize.py --critical_layers` knows
-    them."""
+    """The schemes that an int4 Linear may be raised to, as in `quantize.py --critical_layers`."""
     return ["int8"] + ["int4.g32"] * (groupsize > 32)
 
 
 def make_variants(model: Transformer, groupsize: int) -> Variants:
-    """Round every Linear of a bf16 model each way, as quantize.py does; the model stays as it is.
+    """Quantize every Linear of a bf16 model to each scheme, as quantize.py does; keeps the model.
 
-    An int4 module is a plain Linear with the dequantized weight: what an `Int4Linear` computes with
-    many rows, without unpacking at each run. Each group size takes the memory of the bf16 model
-    once more.
+    An int4 module is a plain Linear with the dequantized weight: it computes what an `Int4Linear`
+    does with many rows, without unpacking in each run. Each group size takes the memory of another
+    bf16 model.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     schemes = (*levels(groupsize), "int4")
@@ -135,7 +134,7 @@ def make_variants(model: Transformer, groupsize: int) -> Variants:
 
 
 # ------------------------------------------------------------------------------------------------
-# Ranking, choosing, and what is kept for the next time
+# Ranking, choosing, and the state of interrupted runs
 
 
 def mean_and_error(losses: Tensor) -> tuple[float, float]:
@@ -144,7 +143,7 @@ def mean_and_error(losses: Tensor) -> tuple[float, float]:
 
 
 def fingerprint(args: Namespace, device: torch.device, parts: dict[str, Tensor]) -> dict:
-    """What results depend on: those of another fingerprint are not taken up."""
+    """Everything that results depend on: results with another fingerprint are not reused."""
     text = json.dumps([part.tolist() for part in parts.values()])
     checkpoint = hashlib.sha256()
     with open(args.model_path, "rb") as file:
@@ -167,7 +166,7 @@ def state_file(report: Path) -> Path:
 
 
 def read_state(args: Namespace, of: dict) -> dict:
-    """What an interrupted run with this fingerprint had found; `UserError` on another's."""
+    """The results of an interrupted run with this fingerprint; `UserError` on another one."""
     path = state_file(args.report_file)
     if not path.exists():
         return {"of": of, "losses": {}}
@@ -187,7 +186,7 @@ def read_state(args: Namespace, of: dict) -> dict:
 
 
 class Move(NamedTuple):
-    """A Linear raised from int4 to a scheme: the bytes it costs, the loss it saves."""
+    """A Linear raised from int4 to `scheme`: the bytes it costs, the loss it saves."""
 
     name: str
     scheme: str
@@ -197,9 +196,9 @@ class Move(NamedTuple):
 
 
 def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> list[Move]:
-    """Raise each Linear alone to each level, and see what that saves on the ranking part.
+    """Raise each Linear alone to each level, and measure the loss saved on the ranking part.
 
-    The losses are written to the state file once they are known, and taken from there if they are.
+    Losses are saved to the state file as they are measured, and read from it if they are there.
     """
     names = [*variants.modules["int4"]]
     schemes = [scheme for scheme in variants.modules if scheme not in ("bf16", "int4")]
@@ -230,7 +229,7 @@ def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> list
 
 
 def rank(moves: list[Move], chosen: dict[str, str]) -> list[dict]:
-    """A row for each Linear, the one that saves most a byte first; figures are of int8."""
+    """A row for each Linear, sorted by loss saved per byte; unprefixed metrics are those of int8."""
     rows, best = {}, {}
     for name, scheme, extra, saved, error in moves:
         row = rows.setdefault(name, {"name": name, "role": name.rpartition(".")[2]})
@@ -246,9 +245,9 @@ def rank(moves: list[Move], chosen: dict[str, str]) -> list[dict]:
 
 
 def choose(moves: list[Move], room: float) -> dict[str, str]:
-    """The schemes of the Linears to raise: what saves most a byte, as long as it fits `room` bytes.
+    """Greedily choose Linears to raise, by loss saved per byte, within `room` bytes.
 
-    A Linear that was raised may be raised further, for what that adds.
+    A raised Linear may be raised further, at the difference of costs and savings.
     """
     chosen: dict[str, Move] = {}
     while True:
@@ -265,13 +264,13 @@ def choose(moves: list[Move], room: float) -> dict[str, str]:
 
 
 def built_in_hybrid(names: list[str]) -> dict[str, str]:
-    """What `quantize.py --mode hybrid` raises when nothing is named."""
+    """The int8 Linears of `quantize.py --mode hybrid` by default."""
     patterns = quantize.INT8_IN_HYBRID
     return {n: "int8" for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)}
 
 
 def random_choices(moves: list[Move], room: float, count: int) -> list[dict[str, str]]:
-    """So many choices, whatever they save, that fill `room` bytes like `choose` does."""
+    """`count` random choices that fill `room` bytes as `choose` does."""
     draw = random.Random(0).random
     return [
         choose([move._replace(saved=move.extra * draw()) for move in moves], room)
@@ -282,10 +281,10 @@ def random_choices(moves: list[Move], room: float, count: int) -> list[dict[str,
 def confirm(
     variants: Variants, losses: Losses, choices: dict[str, list[dict[str, str]]]
 ) -> list[dict]:
-    """A row for each whole model that the choice is to be compared with, on both parts.
+    """Measure whole models on both parts; returns a row for each title.
 
-    `choices` are the schemes of Linears, the others being int4. Several of one title make one row
-    of means, whose error is that among them.
+    `choices` are schemes of Linears; the other Linears are int4. Several choices of one title make
+    one row of means, with the standard error over them.
     """
     names = [*variants.modules["int4"]]
     rows = []
@@ -304,7 +303,7 @@ def confirm(
 
 
 def model_row(title: str, bits: float, losses: list[Tensor]) -> dict:
-    """The row of a whole model with these losses on both parts."""
+    """The row of a whole model, from its losses on both parts."""
     row = {"row": "model", "name": title, "bits": bits}
     for part, numbers in zip(PARTS, losses, strict=True):
         key = part.replace(" ", "_")
@@ -367,7 +366,7 @@ def csv_rows(layers: list[dict], models: list[dict]) -> list[dict]:
 
 
 def draw(layers: list[dict], metric: str, path: Path) -> None:
-    """Three charts: what int8 saves by block and role, by role, and over the bytes it costs."""
+    """Three charts of the loss that int8 saves: by block and role, by role, over bytes."""
     figure, axes = chart(1, 3, (16, 5))
     inner = [row for row in layers if row["name"].startswith("layers.")]
     for row in inner:
@@ -400,12 +399,12 @@ def draw(layers: list[dict], metric: str, path: Path) -> None:
 
 
 def entries(chosen: dict[str, str]) -> list[str]:
-    """A choice as quantize.py takes it, where a name alone is one in int8."""
+    """A choice in the syntax of --critical_layers; a name alone means int8."""
     return [name if scheme == "int8" else f"{name}={scheme}" for name, scheme in chosen.items()]
 
 
 def write_all(args: Namespace, layers: list[dict], models: list[dict], sizes: str) -> list[Path]:
-    """Write the report, its chart and the list of layers; the paths of the files."""
+    """Write the report, its chart and the list of layers; returns their paths."""
     text = report_text(args, layers, models, sizes)
     for path in reports(args.report_file):
         drawing = functools.partial(draw, layers, args.metric)
@@ -439,7 +438,7 @@ def make_parser() -> Parser:
     add = parser.group("choice")
     budget = "bits a weight of all Linears (default: those of quantize.py's hybrid)"
     add("--budget", type=bounded(float, 0, 16), metavar="BITS", help=budget)
-    about = "random choices of as many bytes to compare with (default: 10)"
+    about = "random choices of the same size for comparison (default: 10)"
     add("--random_choices", type=bounded(int, 2, 10000), default=10, metavar="N", help=about)
     add = parser.group("output")
     add("--report_file", type=output_file, required=True, help="ends in .txt, .md, .csv or .png")
@@ -449,7 +448,7 @@ def make_parser() -> Parser:
 
 
 def check_flags(args: Namespace) -> bool:
-    """Whether the loss is one on text; UserError if a flag does nothing or a file would be lost."""
+    """Whether the loss is on text; UserError if a flag has no effect or a file would be lost."""
     outputs = [*reports(args.report_file), state_file(args.report_file), args.layers_file]
     check_outputs(outputs, [args.text, args.model_path])
     on_text = args.metric in ("kl", "perplexity")
@@ -467,7 +466,7 @@ def check_flags(args: Namespace) -> bool:
 
 
 def find_budget(args: Namespace, variants: Variants, hybrid: dict[str, str]) -> float:
-    """The bits a weight that may be used; `UserError` if int4 alone takes more."""
+    """The budget in bits a weight; `UserError` if int4 alone exceeds it."""
     names = [*variants.modules["int4"]]
     least = variants.bits(dict.fromkeys(names, "int4"))
     if args.budget is not None and args.budget < least:
@@ -479,7 +478,7 @@ def find_budget(args: Namespace, variants: Variants, hybrid: dict[str, str]) -> 
 def alternatives(
     variants: Variants, moves: list[Move], room: float, args: Namespace
 ) -> dict[str, list[dict[str, str]]]:
-    """The choice, and those that it is to be compared with, by title."""
+    """The choice and those to compare it with, by title."""
     names, int8 = [*variants.modules["int4"]], [move for move in moves if move.scheme == "int8"]
     titles = {scheme: [dict.fromkeys(names, scheme)] for scheme in variants.modules}
     found = {"bf16": titles.pop("bf16")}
@@ -498,7 +497,7 @@ def write_checkpoint(
     parts: dict[str, Tensor],
     losses: TextLosses,
 ) -> dict:
-    """Quantize as chosen, calibrated on the ranking part; the row of the checkpoint so made."""
+    """Quantize as chosen, calibrated on the ranking part; returns the checkpoint's row."""
     flags = ["--checkpoint_path", str(args.model_path), "--groupsize", str(args.groupsize)]
     if chosen:
         flags += ["--mode", "hybrid", "--critical_layers", *entries(chosen)]

@@ -1,9 +1,9 @@
-"""Lists every Linear of a checkpoint: shape, size, how it is stored, and its share of the model.
+"""Lists every Linear of a checkpoint: shape, size, scheme, and share of the model.
 
     python profiler_scripts/layer_identification.py --model_path model.pth --report_file report.md
 
-The names are those that `quantize.py --critical_layers` takes. With a report of
-layer_accuracy_analysis.py (.md, .txt or .csv), each Linear's rank in it is listed, too.
+The names are those of `quantize.py --critical_layers`. With a report of layer_accuracy_analysis.py
+(.md, .txt or .csv), each Linear's rank in it is listed as well.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ RANKING = {"rank": "rank", "layer": "name", "scheme": "scheme", "saved": "saved"
 
 
 def unique_bytes(module: nn.Module) -> int:
-    """Bytes of a module's tensors; what is one tensor under two names counts once."""
+    """Bytes of a module's tensors, counting shared ones once."""
     return sum(tensor.nbytes for tensor in module.parameters())
 
 
 def list_linears(model: Transformer) -> list[dict]:
-    """A row for each Linear, in the order of the model."""
+    """A row for each Linear, in model order."""
     rows, whole = [], unique_bytes(model)
     for name, linear in model.named_modules():
         if isinstance(linear, Linear):
@@ -82,7 +82,7 @@ def read_ranking(path: Path) -> dict[str, dict]:
 
 
 def add_ranking(rows: list[dict], path: Path) -> None:
-    """Put a report's columns behind those of the layers; `UserError` if it is of another model."""
+    """Append a report's columns to the rows; `UserError` if it belongs to another model."""
     ranking = read_ranking(path)
     for row in rows:
         if row["layer"] not in ranking:

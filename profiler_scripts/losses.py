@@ -1,7 +1,7 @@
-"""The losses that layer_accuracy_analysis.py goes by: on a text, or on a task of lm-eval.
+"""The losses of layer_accuracy_analysis.py: on a text, or on an lm-eval task.
 
-Each is called with a part of the data, "ranking" or "held back", and gives one number a sequence or
-document.
+Each is called with a part of the data, "ranking" or "held back", and returns one number for each
+sequence or document.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from files import read_text
 from model import Transformer, TransformerBlock
 from tokenizer import Tokenizer
 
-TOP = 1024  # tokens of a reference distribution that are told apart; the others are one event
-BATCH_TOKENS, BATCH_LOGITS = 2048, 2**28  # bounds of what runs at once
-Losses = Callable[[str, int], Tensor]  # of a part of the data, if blocks before the int are int4
+TOP = 1024  # tokens of a reference distribution that are kept; the rest is lumped together
+BATCH_TOKENS, BATCH_LOGITS = 2048, 2**28  # limits of a batch
+Losses = Callable[[str, int], Tensor]  # (part, first block that has changed) -> losses
 
 # ------------------------------------------------------------------------------------------------
 # Losses on text
 
 
 class TextLosses:
-    """Losses of a model on sequences of a text, one number a sequence: KL or negative log prob.
+    """Losses on sequences of a text, one number a sequence: KL or negative log probability.
 
-    Called with the first block that is not what it was at the last `remember`.
+    Called with the first block that has changed since the last `remember`.
     """
 
     def __init__(self, model: Transformer, parts: dict[str, Tensor], metric: str):
         """`parts` `[N, T + 1]` are token ids; the last one of a row is only predicted.
 
-        The model is the reference as it is now. Of each of its distributions the `TOP` likeliest
-        tokens are kept: lumping the rest makes the divergence smaller, by what lies in their tail.
+        The reference is the model in its current state. Only the `TOP` likeliest tokens of each of
+        its distributions are kept; lumping the rest lowers the divergence by that of the tail.
         """
         self.model, self.metric = model, metric
         length = next(iter(parts.values())).shape[1] - 1
@@ -64,7 +64,7 @@ class TextLosses:
         states: list[Tensor] | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:
-        """Logits `[B, T, V]` of a batch; `states` has what enters each block, up to `start`."""
+        """Logits `[B, T, V]` of a batch; `states` holds the inputs of the blocks up to `start`."""
         model, (rows, length) = self.model, (batch.shape[0], batch.shape[1] - 1)
         cache = model.layers[0].attention.kv_cache
         if cache is None or cache.k_cache.shape[0] != rows:
@@ -83,7 +83,7 @@ class TextLosses:
         return model(batch[:, :-1], positions, length, block=block).logits
 
     def remember(self, part: str) -> None:
-        """Keep what enters every block, so that a later run may start at any."""
+        """Keep the inputs of every block, so that later runs can start at any block."""
         self.states[part] = [[] for _ in self.batches[part]]
         for batch, record in zip(self.batches[part], self.states[part], strict=True):
             self.logits(batch, record=record)
@@ -104,31 +104,31 @@ class TextLosses:
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits `[T, V]`: the tokens that are told apart and their log probs, two `[T, K]`."""
+    """The TOP tokens of logits `[T, V]` and their log probabilities, `[T, K]` each."""
     log_probs = logits.float().log_softmax(-1)
     values, tokens = log_probs.topk(min(TOP, logits.shape[-1]))
     return tokens, values
 
 
 def divergence(logits: Tensor, tokens: Tensor, reference: Tensor) -> Tensor:
-    """Mean KL divergence, in nats, of logits `[T, V]` from what `likeliest` gave; 0 if it is them.
+    """Mean KL divergence, in nats, of logits `[T, V]` from a reference by `likeliest`; 0 if equal.
 
-    All tokens but those of the reference count as one event of its own probability.
+    All tokens outside the reference's `tokens` count as a single event.
     """
     log_probs = logits.float().log_softmax(-1).gather(-1, tokens)  # [T, K]
     probs = reference.exp()
     rest, other = (
         (1 - p.sum(-1)).clamp(min=1e-6) for p in (probs, log_probs.exp())
-    )  # float32 cannot tell less
+    )  # the resolution of float32
     told = (probs * (reference - log_probs)).sum(-1)
     return (told + rest * (rest / other).log()).mean()
 
 
 def read_parts(args: Namespace, tokenizer: Tokenizer, device: torch.device) -> dict[str, Tensor]:
-    """Cut the text into sequences: its first half to rank by, and its second half held back."""
+    """Cut the text into sequences: the first half ranks, the second is held back."""
     ids = tokenizer.encode(read_text(args.text), bos=False)
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    length = args.max_seq_length + 1 - len(first)  # of a sequence, with the token it ends before
+    length = args.max_seq_length + 1 - len(first)  # of a sequence, plus the last target
     half = min(args.limit, len(ids) // length // 2)
     if half < 2:
         raise UserError(
@@ -150,10 +150,10 @@ def read_parts(args: Namespace, tokenizer: Tokenizer, device: torch.device) -> d
 
 
 class TaskLosses:
-    """Losses of a model on documents of an lm-eval task, one number a document.
+    """Losses on documents of an lm-eval task, one number a document.
 
-    The number is the task's first metric that every document has one of, negated if higher is
-    better. The documents before --limit rank, as many after them confirm.
+    The loss is the task's first metric that all documents have, negated if higher is better. The
+    first --limit documents rank, the next --limit are held back.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, args: Namespace):
@@ -174,12 +174,12 @@ class TaskLosses:
         self.evaluator = Evaluator(model, tokenizer, 8, args.max_seq_length)
 
     def remember(self, part: str) -> None:
-        """Nothing: a task is always run in full."""
+        """Does nothing: a task always runs in full."""
 
     def __call__(self, part: str, start: int = 0) -> Tensor:
-        self.task.set_fewshot_seed(seed=1234)  # the same examples every time, lm-eval's own
+        self.task.set_fewshot_seed(seed=1234)  # lm-eval's default: the same examples every time
         with tasks.explaining([self.name]):
-            results = lm_eval.evaluate(  # simple_evaluate asks the system about itself each time
+            results = lm_eval.evaluate(  # simple_evaluate collects system information each time
                 self.evaluator,
                 self.loaded,
                 samples={self.name: self.documents[part]},

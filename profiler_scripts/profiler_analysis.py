@@ -1,14 +1,14 @@
-"""Shows where the time of prefill and decoding goes: by layer type, scheme and role.
+"""Breaks down the time of prefill and decoding by layer type, scheme and role.
 
     python profiler_scripts/profiler_analysis.py --model_path model.pth --output_file report.md
     python profiler_scripts/profiler_analysis.py --trace trace.json --output_file report.csv
 
-Checkpoints are run here, eagerly; traces are those of `generate.py --profile`. Either way the time
-belongs to the ranges that ranges.py names. A range's own time is what it spends outside of ranges
-within it, so every microsecond counts once. On a GPU it is the time of kernels, each belonging to
-the innermost range that launched it (they share a correlation id); on a CPU it is wall time.
-Inside compiled code there are no ranges: of it, matrix products and attention are known by the
-names of their operators where they are calls of their own, and the rest is "Compiled block".
+Checkpoints run here, eagerly; traces come from `generate.py --profile`. Either way, time is
+attributed to the ranges that ranges.py names. A range's self time excludes nested ranges, so every
+microsecond counts once. On a GPU it is kernel time, attributed to the innermost range that launched
+the kernel (they share a correlation id); on a CPU it is wall time. Compiled code has no ranges:
+matmuls and attention are identified by operator name where they are separate calls, and the rest is
+"Compiled block".
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ TYPES = (
     *(COMPILED, "Other"),
 )
 ROLES = ("wqkv", "wo", "w1", "w3", "w2", "output")
-ROTATION = "tokenbus::rotate_write"  # stands for the module where operators attend
-COMMUNICATION = ("c10d::", "_c10d_functional::", "nccl:", "gloo:")  # how its operators begin
-IN_COMPILED = {  # operators that compiled code calls, and the type and scheme that they betray
+ROTATION = "tokenbus::rotate_write"  # in place of the module, with operators
+COMMUNICATION = ("c10d::", "_c10d_functional::", "nccl:", "gloo:")  # operator prefixes
+IN_COMPILED = {  # operators in compiled code -> type and scheme
     "aten::_weight_int4pack_mm": ("Linear", "int4"),
     "aten::_weight_int4pack_mm_for_cpu": ("Linear", "int4"),
     "aten::_weight_int8pack_mm": ("Linear", "int8"),
@@ -73,7 +73,7 @@ SUFFIXES = (".txt", ".md", ".csv", ".png")
 
 @dataclasses.dataclass
 class Tally:
-    """What ranges of one kind add up to; times are microseconds, as in a chrome trace."""
+    """Sums over ranges of one kind; times are in microseconds, as in a chrome trace."""
 
     count: int = 0
     us: float = 0.0
@@ -91,7 +91,7 @@ Key = tuple[str, str, str, str]  # phase, type, scheme, role
 
 @dataclasses.dataclass
 class Profile:
-    """The tallies of one checkpoint or trace, and the number of steps and wall ms of each phase."""
+    """The tallies of one checkpoint or trace, and steps and wall ms of each phase."""
 
     name: str
     tallies: dict[Key, Tally]
@@ -101,7 +101,7 @@ class Profile:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def parts(self, phase: str, **wanted: str) -> list[Tally]:
-        """All tallies of a phase, or those that have this `kind`, `scheme` or `role`."""
+        """The tallies of a phase, filtered by `kind`, `scheme` or `role`."""
         parts = []
         for (of, *rest), tally in self.tallies.items():
             known = dict(zip(("kind", "scheme", "role"), rest, strict=True))
@@ -123,13 +123,13 @@ class Profile:
         return bool(self.parts(phase, kind=COMPILED))
 
     def step_ms(self, phase: str, **wanted: str) -> float:
-        """Milliseconds of a step, or of a part of it."""
+        """Milliseconds a step, in total or of a part."""
         return self.total(phase, **wanted).us / 1e3 / self.steps[phase]
 
 
 def read_trace(path: Path) -> list[dict]:
-    """The events of a chrome trace (.json or .json.gz) that last; `UserError` if it is not one."""
-    if path.exists() and not path.is_file():  # a device may never end
+    """The events with a duration in a chrome trace (.json, .json.gz); `UserError` if it is none."""
+    if path.exists() and not path.is_file():  # reading a device may never end
         raise UserError(f"{path} is no file; make a trace with generate.py --profile")
     try:
         raw = path.read_bytes()
@@ -143,13 +143,13 @@ def read_trace(path: Path) -> list[dict]:
         ) from None
 
 
-# What reading and `checked` raise.
+# Exceptions of reading and of `checked`.
 WRONG = (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError)
 WRONG += (RecursionError,)
 
 
 def checked(event: dict) -> dict:
-    """An event with values of the types that the rest relies on; one of WRONG if it has others."""
+    """An event whose values have the expected types; raises one of WRONG otherwise."""
     times = {key: float(event[key]) for key in ("ts", "dur")}
     if not all(map(math.isfinite, times.values())) or times["dur"] < 0:
         raise ValueError(f"an event has the times {times}")
@@ -164,7 +164,7 @@ def checked(event: dict) -> dict:
 
 
 def identify(event: dict, inside: str) -> tuple[str, str, str, int] | None:
-    """Type, scheme, role and bytes of a range within one of type `inside`; None if it is no range.
+    """Type, scheme, role and bytes of a range inside one of type `inside`; None if not a range.
 
     The type of a step is its phase.
     """
@@ -187,7 +187,7 @@ def identify(event: dict, inside: str) -> tuple[str, str, str, int] | None:
 
 @dataclasses.dataclass
 class Range:
-    """A range that is open while a thread's events are walked through."""
+    """A range that is open during `walk`."""
 
     key: Key
     end: float
@@ -196,12 +196,11 @@ class Range:
 
 
 def walk(events: Iterable[dict]) -> Iterator[tuple[str, Range | dict, Key | None]]:
-    """Go through one thread's events in time.
+    """Go through one thread's events in time order.
 
-    Yields `("closed", range, None)` for each range, its own time known, and for each launch of a
-    kernel `("launch", event, key)`, the key telling what it belongs to. What lies between two
-    steps, such as sampling, belongs to the phase of the step before; what comes before all steps,
-    to none.
+    Yields `("closed", range, None)` for each range, with its self time, and for each kernel launch
+    `("launch", event, key)`, attributed to `key`. Events between two steps, such as sampling,
+    belong to the phase of the previous step; events before all steps, to none.
     """
     stack: list[Range] = []
     phase = None
@@ -245,7 +244,7 @@ def analyse(events: list[dict], name: str) -> Profile:
         key = owners.get(args["correlation"])
         if key and "nccl" in kernel["name"].lower():
             key = (key[0], "Communication", "-", "-")
-        if key:  # others ran before the first step
+        if key:  # None before the first step
             occupancy = args.get(OCCUPANCY)
             known = 0.0 if occupancy is None else kernel["dur"]
             tallies[key] += Tally(0, kernel["dur"], 0, (occupancy or 0.0) * known, known)
@@ -260,7 +259,7 @@ def analyse(events: list[dict], name: str) -> Profile:
 
 
 def timed_run(engine: Engine, prompt: list[int], max_new_tokens: int) -> list[float]:
-    """Generate greedily; the time of the start and of each token, in seconds."""
+    """Generate greedily; returns the times of the start and of each token, in seconds."""
     times = [time.perf_counter()]
     greedy = Sampling(temperature=0)
     options = {"until": lambda row, token: False, "seeds": [0]}
@@ -270,7 +269,7 @@ def timed_run(engine: Engine, prompt: list[int], max_new_tokens: int) -> list[fl
 
 
 def profile_checkpoint(path: Path, device: torch.device, args: Namespace) -> Profile:
-    """Run a checkpoint on a random prompt, first without the profiler, and attribute its time."""
+    """Run a checkpoint on a random prompt, first without, then with the profiler."""
     model = load_model(path, device, getattr(torch, args.precision))
     length = args.prompt_tokens + args.max_new_tokens
     if length > model.args.block_size:
@@ -302,7 +301,7 @@ def profile_checkpoint(path: Path, device: torch.device, args: Namespace) -> Pro
 
 
 def profile_trace(path: Path) -> Profile:
-    """Attribute the time of an existing trace and say what it cannot tell."""
+    """Attribute the time of an existing trace, and print what it cannot tell."""
     profile = analyse(read_trace(path), str(path))
     profile.notes = ["Read from a trace; that of another machine has another read bandwidth."]
     if any(kind == COMPILED for _, kind, _, _ in profile.tallies):
@@ -319,12 +318,12 @@ def profile_trace(path: Path) -> Profile:
 
 
 def role_place(role: str) -> int:
-    """Where a role stands in the order of a block; last, if it is not known."""
+    """The sort position of a role within a block; unknown roles come last."""
     return ROLES.index(role) if role in ROLES else len(ROLES)
 
 
 def breakdown(profile: Profile, phase: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a phase: `(level, what they are the sum of)`. The types add up to the total."""
+    """The rows of a phase: `(level, filter of the tallies)`. The types add up to the total."""
     keys = [key[1:] for key in profile.tallies if key[0] == phase]
     for kind in (kind for kind in TYPES if any(key[0] == kind for key in keys)):
         yield "type", {"kind": kind}
@@ -338,10 +337,10 @@ def breakdown(profile: Profile, phase: str) -> Iterator[tuple[str, dict[str, str
 
 
 def rows_of(profile: Profile, first: Profile, bandwidth: float | None) -> Iterator[dict]:
-    """One dict a row: the columns of the CSV. `first` is what speed-ups are over.
+    """One dict a row: the columns of the CSV. Speed-ups are over `first`.
 
-    Between a phase that ran compiled and one that did not, only the totals are compared: the parts
-    of one are hidden in a compiled block of the other.
+    If only one of two phases ran compiled, only totals are compared: parts of one are hidden in a
+    compiled block of the other.
     """
     for phase, steps in profile.steps.items():
         total_us = profile.total(phase).us
@@ -371,7 +370,7 @@ def rows_of(profile: Profile, first: Profile, bandwidth: float | None) -> Iterat
 
 
 def shown(value: object) -> str:
-    """A cell as text: numbers with the digits that mean something, nothing as a dash."""
+    """A cell as text: numbers with significant digits, None as a dash."""
     if value is None:
         return "–"
     if not isinstance(value, float):
@@ -380,7 +379,7 @@ def shown(value: object) -> str:
 
 
 def table(titles: list[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table with its columns aligned, so that it reads as plain text, too."""
+    """A Markdown table with aligned columns, so that it also reads as plain text."""
     cells = [titles, *([shown(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * max(3, width) for width in widths])
@@ -389,7 +388,7 @@ def table(titles: list[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def csv_text(rows: list[dict]) -> str:
-    """Rows as comma-separated values with a line of titles."""
+    """Rows as CSV with a header."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -404,7 +403,7 @@ def row_name(row: dict) -> str:
 
 
 def place_of(row: dict) -> tuple:
-    """What rows are sorted by: the type, its sum, its schemes, its roles; the total last."""
+    """The sort key of a row: type, then its sum, schemes and roles; the total comes last."""
     kinds, levels = (*TYPES, "Total"), ("type", "scheme", "role", "total")
     type_and_level = kinds.index(row["layer_type"]), levels.index(row["level"])
     return *type_and_level, row["scheme"], role_place(row["role"])
@@ -469,7 +468,7 @@ def report_text(profiles: list[Profile], rows: list[dict], bandwidth: float, dev
 
 
 def draw(profiles: list[Profile], path: Path) -> None:
-    """A bar a profile and phase: milliseconds a step, stacked by layer type and scheme."""
+    """A bar for each profile and phase: milliseconds a step, stacked by layer type and scheme."""
     figure, axes = chart(2, 1, (10, 2.2 + 1.1 * len(profiles)))
     for axis, phase in zip(axes, PHASES, strict=True):
         shown_profiles = [profile for profile in profiles if phase in profile.steps]
@@ -491,7 +490,7 @@ def draw(profiles: list[Profile], path: Path) -> None:
 
 
 def color_of(kind: str, scheme: str) -> str:
-    """The same colour for the same thing in every chart."""
+    """The same colour for the same type and scheme in every chart."""
     schemes = {"int4": "#08306b", "int8": "#2171b5", "int8-activation": "#6baed6"}
     schemes |= {"as floats": "#9ecae1"}
     others = ["#c6dbef", "#e6550d", "#31a354", "#756bb1", "#e7298a", "#fdae6b", "#8c6d31"]
@@ -516,7 +515,7 @@ def chart(rows: int, columns: int, size: tuple[float, float]):
 
 
 def reports(path: Path) -> list[Path]:
-    """The report that is asked for, and its chart; of a chart, its report. Both are checked."""
+    """The paths of report and chart, of which one was asked for; checks both."""
     paths = [path, path.with_suffix(".md" if path.suffix == ".png" else ".png")]
     for file in paths:
         check_report(file)
@@ -524,7 +523,7 @@ def reports(path: Path) -> list[Path]:
 
 
 def check_report(path: Path) -> None:
-    """Raise a `UserError` on a report whose ending says no format, or one that cannot be drawn."""
+    """Raise a `UserError` if the ending is no known format, or a chart cannot be drawn."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path.name} should end in one of {', '.join(SUFFIXES)}")
     if path.suffix == ".png":
@@ -532,7 +531,7 @@ def check_report(path: Path) -> None:
 
 
 def write_report(path: Path, text: str, rows: list[dict], draw_to: Callable[[Path], None]) -> None:
-    """Write the report in the format that its ending names."""
+    """Write the report in the format given by its ending."""
     with replacing(path) as temporary:
         if path.suffix == ".png":
             draw_to(temporary)
@@ -569,7 +568,7 @@ def main(args: Namespace) -> None:
     if len(set(names)) < len(names):
         raise UserError("the same file is named twice in --model_path or --trace; name it once")
     device = find_device(args.device)
-    profiles = [profile_trace(path) for path in args.trace]  # first: mistakes show at once
+    profiles = [profile_trace(path) for path in args.trace]  # first, so that mistakes show at once
     profiles = [profile_checkpoint(path, device, args) for path in args.model_path] + profiles
     bandwidth = read_bandwidth(device) / 1e9  # GB/s
     rows = []
