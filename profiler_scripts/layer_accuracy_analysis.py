@@ -229,7 +229,7 @@ def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> list
 
 
 def rank(moves: list[Move], chosen: dict[str, str]) -> list[dict]:
-    """A row for each Linear, sorted by loss saved per byte; unprefixed metrics are those of int8."""
+    """A row for each Linear, sorted by loss saved per byte; unprefixed metrics are int8."""
     rows, best = {}, {}
     for name, scheme, extra, saved, error in moves:
         row = rows.setdefault(name, {"name": name, "role": name.rpartition(".")[2]})
