@@ -56,7 +56,7 @@ SMALL_FILES = {
     "chat_template.jinja",
 }
 
-HTTP = HfHubHTTPError.__bases__[0].__module__.split(".")[0]  # the library, which has changed before
+HTTP = HfHubHTTPError.__bases__[0].__module__.split(".")[0]  # requests, or httpx in newer versions
 # What failing connections raise; the last one is from large-file transfers.
 UNREACHABLE = (
     HfHubHTTPError.__bases__[0],

@@ -93,7 +93,7 @@ def operator_verdict(
     """The row of an operator: its largest errors, and where bits differ that should be equal."""
     row = {name: torch.tensor(values).max().item() for name, values in errors.items()}
     bound = OPERATOR_BOUNDS[dtype]
-    over = [name for name, value in row.items() if not value <= bound]  # NaN is over it
+    over = [name for name, value in row.items() if not value <= bound]  # NaN counts as over
     notes = [f"over {bound}: {', '.join(over)}"] if over else []
     notes += [f"bits: {'; '.join(unequal[:3])} ({len(unequal)} cases)"] if unequal else []
     row |= {
@@ -345,7 +345,7 @@ def check_logits(device: torch.device, model: str, scheme: str, mode: str) -> di
         steps.append(forward(engine, text, [PROMPT + i, SHORTER + i], 1)[:, 0])
     rows = [row[n - 1 :][: len(steps)] for row, n in zip(expected, (PROMPT, SHORTER), strict=True)]
     errors["batch"] = error(torch.stack(steps, 1), torch.stack(rows))
-    over = [name for name, value in errors.items() if not value <= bound]  # NaN is over it
+    over = [name for name, value in errors.items() if not value <= bound]  # NaN counts as over
     notes = [f"over the bound: {', '.join(over)}"] if over else []
     notes += ["a repeated step gives other bits"] if row["replays"] == "differ" else []
     verdict = {"status": "failed", "note": ", ".join(notes)} if notes else {}
