@@ -29,7 +29,7 @@ from tokenizer import Tokenizer
 cudagraph = optional("cudagraph")
 NOT_FINITE = "the model gives logits that are NaN or infinite; is the checkpoint damaged, or "
 NOT_FINITE += "--precision too narrow for it? Convert it again or try --precision float32"
-PADDED = 0.75  # of an embedding's rows have a token at least: published ones have 98 % and more
+PADDED = 0.75  # of embedding rows must have a token; published models have 98 % or more
 PREFILL_CHUNK = 512  # bounds the activations, and the attention mask where there is one
 
 # ------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one index a row, as likely as its share of weights `[B, K]`: `[B, 1]`.
+    """Draw one index a row with probabilities proportional to weights `[B, K]`: `[B, 1]`.
 
     The largest of w / Exponential(1) falls on i with probability w_i / sum w (the Gumbel-max
     trick), and nothing waits for the device.
@@ -104,7 +104,7 @@ def sample(logits: Tensor, samplings: list[Sampling], generators: list[torch.Gen
 
 
 def send(tensors: list[Tensor]) -> Callable[[], list[list]]:
-    """Start copying tensors to the host; the function returned waits for these copies alone."""
+    """Start copying tensors to the host; the returned function waits only for these copies."""
     if tensors[0].device.type != "cuda":
         return lambda: [tensor.tolist() for tensor in tensors]
     options = {"device": "cpu", "pin_memory": True}
@@ -115,9 +115,9 @@ def send(tensors: list[Tensor]) -> Callable[[], list[list]]:
 
 
 def send_tokens(ids: Tensor, logits: Tensor, logprobs: int | None) -> Callable[..., list[Token]]:
-    """Send tokens ids `[N]`, drawn by raw logits `[N, V]`, with `logprobs` of the likeliest each.
+    """Send sampled ids `[N]`, and from raw logits `[N, V]` their log probs and the `logprobs` top.
 
-    The function returned waits for them. It takes which rows are alive (default: all) and raises
+    The returned function waits for them. It takes which rows are alive (default: all) and raises
     UserError if their logits are NaN or infinite.
     """
     sent = [ids, logits.amax(-1).isfinite()]
@@ -363,7 +363,7 @@ def allocate_cache(model: Transformer, rows: int, length: int) -> None:
     size = 2 * rows * (length + 1) * heads * model.norm.weight.itemsize
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        if model.device.type == "cpu" and size > memory:  # Linux would promise it, and then kill
+        if model.device.type == "cpu" and size > memory:  # Linux would overcommit, and then kill
             raise RuntimeError
         model.setup_caches(rows, length)
     except RuntimeError:  # the allocator's

@@ -32,7 +32,7 @@ def kernels_for(device: str) -> ModuleType | None:
 class Linear(nn.Module):
     """`y = x @ weight.T + bias`: x `[..., in]`, weight float `[out, in]`.
 
-    Of several `experts` every stored tensor has a leading dimension; mixture.py multiplies by them.
+    With `experts`, every stored tensor has a leading dimension; mixture.py does the matmuls.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, experts: int = 0):
@@ -56,7 +56,7 @@ class Linear(nn.Module):
         self.tiles, self.grid = packed or (None, None)
 
     def stored(self, name: str, chosen: Tensor | None = None) -> Tensor:
-        """A tensor of the checkpoint; of the `chosen` experts alone if there are several."""
+        """A tensor of the checkpoint; with `chosen`, only that of these experts."""
         tensor = getattr(self, name)
         return tensor if chosen is None else tensor[chosen]
 

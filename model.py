@@ -34,7 +34,7 @@ NOT_YET = {"mixer", "sinks", "values_from_keys", "value_norm"}
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What the attention of a layer is; a model has one kind or a few, each used by many layers."""
+    """The attention of a layer; a model has one kind or a few, each shared by many layers."""
 
     n_head: int
     n_local_heads: int  # KV heads
@@ -57,12 +57,12 @@ class Mixture:
     experts: int
     chosen: int  # for each token
     width: int  # hidden units of an expert
-    shared: int = 0  # and of the one that every token goes through
-    shared_gate: bool = False  # whose output has a sigmoid gate
+    shared: int = 0  # hidden units of the expert for all tokens; 0: none
+    shared_gate: bool = False  # its output has a sigmoid gate
     score: str = "softmax"  # softmax | sigmoid
-    renormalize: bool = False  # the chosen experts' scores to a sum of 1
-    factor: float = 1.0  # of what the chosen experts add
-    biased: bool = False  # a bias for choosing alone
+    renormalize: bool = False  # scale the chosen experts' scores to a sum of 1
+    factor: float = 1.0  # of the sum of the chosen experts
+    biased: bool = False  # a router bias that affects only the choice
     dense_layers: tuple[int, ...] = ()  # those that keep their FFN
 
 
@@ -140,18 +140,18 @@ class RMSNorm(nn.Module):
 
 
 class AllHeadsNorm(RMSNorm):
-    """A norm over all heads together (OLMo), of which a rank has its part."""
+    """A norm over all heads together (OLMo); a rank holds part of them."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__(dim, eps)
-        self.mean = nn.Identity()  # where tp.py takes the mean of all ranks
+        self.mean = nn.Identity()  # tp.py averages over the ranks here
 
     def mean_square(self, x32: Tensor) -> Tensor:
         return self.mean(super().mean_square(x32))
 
 
 class FlatNorm(nn.Module):
-    """Norms of q and of k, each over all its heads, for one Linear that makes q, k and v."""
+    """Norms of q and k, each over all its heads, on the fused output of wqkv."""
 
     def __init__(self, kind: LayerKind, eps: float):
         super().__init__()
@@ -176,7 +176,7 @@ def rotations(kind: LayerKind, length: int) -> Tensor:
 
 
 def query_scales(kind: LayerKind, length: int, device: torch.device) -> Tensor | None:
-    """What q is multiplied by at each position (Llama 4, Ministral 3): float32 `[length, 1, 1]`."""
+    """The factor of q at each position (Llama 4, Ministral 3): float32 `[length, 1, 1]`."""
     growth, period = kind.query_scale
     if not growth:
         return None
@@ -200,14 +200,14 @@ class RotaryEmbedding(nn.Module):
 
 
 class Mask(NamedTuple):
-    """Where the queries of a pass stand, for all layers of one kind."""
+    """Mask and rotary factors of a pass, shared by all layers of one kind."""
 
     hidden: Tensor  # [B, 1, T*G, kv_len]: -inf where they must not look, else 0
     freqs_cis: Tensor  # [B, T, D/2, 2]
 
 
 class KVCache(nn.Module):
-    """Keys and values of one layer; the last slot takes what padding writes and is never read."""
+    """Keys and values of one layer; the last slot receives padding and is never read."""
 
     def __init__(self, batch_size: int, kind: LayerKind, length: int, like: Tensor):
         super().__init__()
@@ -243,9 +243,9 @@ class Attention(nn.Module):
         self.kv_cache: KVCache | None = None
 
     def mask(self, input_pos: Tensor, kv_len: int, dtype: torch.dtype) -> Mask | None:
-        """What all layers of this kind share in a pass with queries at input_pos `[B, T]`.
+        """The `Mask` of a pass with queries at input_pos `[B, T]`, for all layers of this kind.
 
-        None where the operators attend: they go by input_pos.
+        None if the operators run attention: they need only input_pos.
         """
         if self.kv_cache.has_kernels:
             return None
@@ -357,7 +357,7 @@ class Transformer(nn.Module):
         return self.norm.weight.device
 
     def setup_caches(self, batch_size: int, max_seq_length: int) -> None:
-        """Allocate the KV cache of every layer and the tables of rotations."""
+        """Allocate the KV cache of every layer and the RoPE tables."""
         length = max_seq_length + 1
         tables = [rotations(kind, length).to(self.device) for kind in self.args.kinds]
         scales = [query_scales(kind, length, self.device) for kind in self.args.kinds]
@@ -377,7 +377,7 @@ class Transformer(nn.Module):
                 module.pack_weights()
 
     def embed(self, idx: Tensor) -> Tensor:
-        """Embeddings, scaled where the family says so by a number of their dtype, as trained."""
+        """Embeddings, scaled by a factor in their dtype if the family has one, as trained."""
         x, scale = self.tok_embeddings(idx), self.args.embed_scale
         return x if scale == 1 else x * torch.full((), scale, dtype=x.dtype, device=x.device)
 
@@ -389,13 +389,13 @@ class Transformer(nn.Module):
         last: Tensor | None = None,
         block: Callable = TransformerBlock.forward,
     ) -> Output:
-        """Run tokens idx `[B, T]` that stand at input_pos `[B, T]`.
+        """Run tokens idx `[B, T]` at positions input_pos `[B, T]`.
 
-        Only the first `kv_len` cache positions are visible: more than every position in use, and
-        see `kv_steps`. Padding stands at position `max_seq_length`. A pass with `last` `[B, N]` is
-        a prefill: logits come for these N indices of T alone, and every product uses the arithmetic
-        for many rows, however few there are. `block` runs each layer, so that one compiled block
-        can serve all.
+        Only the first `kv_len` cache positions are visible; it exceeds every position in use, see
+        `kv_steps`. Padding has position `max_seq_length`. A pass with `last` `[B, N]` is a prefill:
+        it returns logits only for these N indices of T, and every matmul uses the arithmetic of
+        prefill, however few the rows. `block` runs each layer, so that one compiled block can serve
+        all.
         """
         prefill = last is not None
         x = self.embed(idx)  # [B, T] -> [B, T, dim]
