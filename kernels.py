@@ -12,7 +12,9 @@ compiler or in other dtypes PyTorch's own operations run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from build_cpp import load_extension
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = "-std=c++20 -O3 -fopenmp "
 FLAGS += "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni"
+ALIGNMENT = 64  # bytes
 NEEDED = {"fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
 
 
@@ -61,6 +64,7 @@ def fuse(model: nn.Module) -> Callable | None:
     the blocks of Llama, Qwen2, Qwen3, their mixtures and OLMoE: those run module by module, on the
     same operators.
     """
+    gather(model)
     linears = [module for module in model.modules() if hasattr(module, "tiles")]
     attentions = [layer.attention for layer in model.layers]
     fits = all(linear.tiles is not None for linear in linears)
@@ -76,6 +80,26 @@ def fuse(model: nn.Module) -> Callable | None:
     options = model.args.norm_eps, scales, windows, routing or (0, False, False, 1.0)
     fused = torch.classes.tokenbus.Transformer(tensors, *options)
     return lambda idx, input_pos, kv_len, last=None: fused.forward(idx, input_pos, last)
+
+
+def gather(model: nn.Module) -> None:
+    """Move packed weights into one region of huge pages, in the order in which they are read.
+
+    With pages of 4 kB the walks to find them cost a quarter of the bandwidth.
+    """
+    names = ("tiles", "grid")
+    places = [(m, n) for m in model.modules() for n in names if getattr(m, n, None) is not None]
+    if len({getattr(*place).untyped_storage().data_ptr() for place in places}) < 2:
+        return  # none, or done already
+    sizes = [-(-getattr(*place).nbytes // ALIGNMENT) * ALIGNMENT for place in places]
+    region = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
+        region.madvise(mmap.MADV_HUGEPAGE)
+    parts = torch.frombuffer(region, dtype=torch.uint8).split(sizes)
+    for (module, name), part in zip(places, parts, strict=True):
+        tensor = getattr(module, name)
+        part = part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        setattr(module, name, part.copy_(tensor))
 
 
 def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | None] | None:
