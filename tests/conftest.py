@@ -5,6 +5,7 @@ import gc
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,19 @@ CHATML = (
 def pytest_collection_finish():
     """Let garbage collections pass over what imports have made: it is most of all objects."""
     gc.freeze()
+
+
+def rare(rows: list, most: int, name: Callable) -> list:
+    """Parameters for the indices of rows, of which all but every so many are slow."""
+    marks = [[] if i % most == 0 else [pytest.mark.slow] for i in range(len(rows))]
+    return [pytest.param(i, id=f"{i}-{name(row)}", marks=marks[i]) for i, row in enumerate(rows)]
+
+
+def selected(request: pytest.FixtureRequest, name: str) -> list:
+    """The values of a parameter in the tests of this file that are about to run."""
+    items = (item for item in request.session.items if item.fspath == request.node.fspath)
+    parameters = (item.callspec.params for item in items if hasattr(item, "callspec"))
+    return [values[name] for values in parameters if name in values]
 
 
 def random_model(config: dict, dtype=torch.float32, scale=0.2) -> Transformer:

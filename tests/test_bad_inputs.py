@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import python, run_served
-from conftest import CONFIG, ROOT, write_checkpoint, write_tokenizer
+from conftest import CONFIG, ROOT, rare, selected, write_checkpoint, write_tokenizer
 from families import from_config
 from scripts.convert_gguf import GGUF_NAMES
 from scripts.convert_hf_checkpoint import HF_NAMES, parts
@@ -997,20 +997,12 @@ def outcomes(request, good, tmp_path_factory) -> Iterator[dict[int, Future]]:
     """Those of the selected rows, two at a time."""
     base = tmp_path_factory.mktemp("rows")
     python()  # starts the server
-    items = (item for item in request.session.items if item.fspath == request.node.fspath)
-    rows = [item.callspec.params["row"] for item in items if hasattr(item, "callspec")]
-    pool = ThreadPoolExecutor(2)
+    pool, rows = ThreadPoolExecutor(2), selected(request, "row")
     yield {row: pool.submit(spoil_and_run, row, good, base / str(row)) for row in rows}
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(i, id=f"{i}-{row[0][:40]}", marks=[pytest.mark.slow] if i % 4 else [])
-        for i, row in enumerate(ROWS)
-    ],
-)
+@pytest.mark.parametrize("row", rare(ROWS, 8, lambda row: row[0][:40]))
 def test_a_bad_input_is_one_sentence(row, outcomes):
     done, unchanged = outcomes[row].result()
     assert done.returncode == 2, done

@@ -19,7 +19,10 @@ import kernels
 from commands import python
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="built on Linux alone")
+pytestmark = [
+    pytest.mark.slow,  # compilers
+    pytest.mark.skipif(sys.platform != "linux", reason="built on Linux alone"),
+]
 
 FLAGS = "-DANSWER=42"
 TWICE = """

@@ -38,6 +38,8 @@ from test_convert import (
     write_gguf,
 )
 
+pytestmark = pytest.mark.slow  # a hub, and downloads that fail
+
 # ------------------------------------------------------------------------------------------------
 # The stand-in of the hub
 

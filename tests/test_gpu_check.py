@@ -24,6 +24,8 @@ from scripts import gpu_check, gpu_correctness, gpu_models, gpu_speed
 from scripts.gpu_check import STAGES, TABLES, Stage
 from scripts.gpu_models import MODES, SCHEMES, choosing, small
 
+pytestmark = pytest.mark.slow  # stages in processes of their own
+
 BUS = 10.0  # GB/s that the probe is said to find
 CPU = torch.device("cpu")
 # As gpu_models.SMALL, and smaller: bf16 is slow on most CPUs.
@@ -609,7 +611,6 @@ def test_large_shapes_on_a_cpu_are_refused(check):
     assert code == 2 and err == "error: llama-3-8b takes hours on a CPU; add --shapes tiny\n"
 
 
-@pytest.mark.slow
 def test_only_torch_is_needed():
     blocked = "tqdm tokenizers sentencepiece safetensors gguf lm_eval huggingface_hub transformers"
     code = "import runpy, sys; sys.modules |= dict.fromkeys(sys.argv.pop(1).split()); "

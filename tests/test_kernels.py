@@ -581,6 +581,7 @@ print(counters["inductor"]["fxgraph_cache_bypass"], counters["aot_autograd"]["au
 
 
 @native
+@pytest.mark.slow
 def test_a_second_process_finds_compiled_blocks_in_the_cache(tmp_path):
     paths = [write_checkpoint(tmp_path / "a", SHAPE, torch.bfloat16)]
     state = torch.load(paths[0])

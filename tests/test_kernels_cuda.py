@@ -14,6 +14,9 @@ from conftest import ROOT
 pytest.importorskip("triton", reason="Triton comes for Linux alone")
 
 
+pytestmark = pytest.mark.slow  # minutes of an interpreter and a compiler
+
+
 @pytest.mark.parametrize("cases", ["interpreted_kernels.py", "compiled_kernels.py"])
 def test_every_case_passes(cases):
     command = [

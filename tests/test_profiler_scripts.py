@@ -26,6 +26,8 @@ from profiler_scripts import profiler_analysis as profiling
 from ranges import scheme_of, title, traced
 from tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow  # traces, and models quantized layer by layer
+
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 QWEN = CONFIG | SHAPE | {"model_type": "qwen2", "tie_word_embeddings": True}
 PARTS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
@@ -260,13 +262,7 @@ def test_the_time_of_linears_is_the_wall_time_they_take(folder, monkeypatch, tmp
     assert linear == pytest.approx(last_run, rel=0.15)
 
 
-@pytest.mark.parametrize(
-    "compile",
-    [
-        pytest.param([], id="eager"),
-        pytest.param(COMPILED, id="compiled", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("compile", [[], COMPILED], ids=["eager", "compiled"])
 def test_traces_of_generate_are_read(run, hybrid, tmp_path, compile):
     trace = tmp_path / "trace.json"
     flags = ["--checkpoint_path", hybrid, "--device", "cpu", "--max_new_tokens", "5", *compile]
@@ -317,7 +313,6 @@ def test_ranges_end_when_a_module_raises(folder):
     assert sum(e.name == embedding for e in profiler.events()) == 2
 
 
-@pytest.mark.slow
 def test_ranges_compile_nothing_anew_and_survive_compilation(folder):
     torch.compiler.reset()
     model = load_model(folder / "model.pth", "cpu", torch.float32)

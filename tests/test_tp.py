@@ -30,6 +30,8 @@ from families import from_config, read_config
 from model import Transformer
 from tp_worker import run_case
 
+pytestmark = pytest.mark.slow  # several processes each
+
 BASE = CONFIG | {
     "hidden_size": 128,
     "num_attention_heads": 4,
@@ -170,7 +172,6 @@ def outcomes(folder) -> list[tuple]:
     ]
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_tokens_and_logits_of_one(outcomes):
     for case, one, first, second in outcomes:
         assert first["tokens"] == second["tokens"] == one["tokens"], case
@@ -178,7 +179,6 @@ def test_two_processes_give_the_tokens_and_logits_of_one(outcomes):
         assert torch.equal(first["logits"], second["logits"]), case
 
 
-@pytest.mark.slow
 def test_a_rank_holds_half_of_every_matrix(outcomes):
     for case, one, *ranks in outcomes:
         matrices = [name for name in one["sizes"] if name.endswith((".weight", "_zeros"))]
@@ -261,9 +261,7 @@ def test_a_conversation_is_the_same(folder):
     assert done.stdout == alone(*flags, stdin=turns).stdout and done.stdout.count("> ") >= 4
 
 
-@pytest.mark.parametrize(
-    "draft", [pytest.param("a smaller model", marks=pytest.mark.slow), "lookup"]
-)
+@pytest.mark.parametrize("draft", ["a smaller model", "lookup"])
 def test_speculation_and_the_prefill_cache_work_with_both_models_shared(folder, tmp_path, draft):
     flags = ["--checkpoint_path", folder / "base" / "model.pth", "--max_new_tokens", 24, *GREEDY]
     flags += ["--prompt", " ab ab ab ab", "--prefill_context", "ab ab cd " * 9]
@@ -287,7 +285,6 @@ def test_speculation_and_the_prefill_cache_work_with_both_models_shared(folder, 
     assert sum(accepted) > 0 and (draft != "lookup" or sum(accepted[1:]) > 0)
 
 
-@pytest.mark.slow
 def test_eval_scores_the_same_and_writes_once(folder):
     """Both of what eval.py measures; a page of a task is scored like a text cut without overlap."""
     (folder / "data.jsonl").write_text(json.dumps({"page": (folder / "text.txt").read_text()}))
@@ -394,7 +391,6 @@ def struck(endless) -> dict[tuple, concurrent.futures.Future]:
         return {blow: pool.submit(strike, endless, *blow) for blow in BLOWS}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("node, blow", BLOWS)
 def test_a_machine_that_dies_or_hangs_ends_the_other(struck, node, blow):
     code, err, seconds = struck[node, blow].result()
