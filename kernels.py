@@ -28,7 +28,6 @@ from build_cpp import load_extension
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = "-std=c++20 -O3 -fopenmp "
 FLAGS += "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni"
-ALIGNMENT = 64  # bytes
 NEEDED = {"fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
 
 
@@ -64,7 +63,6 @@ def fuse(model: nn.Module) -> Callable | None:
     the blocks of Llama, Qwen2, Qwen3, their mixtures and OLMoE: those run module by module, on the
     same operators.
     """
-    gather(model)
     linears = [module for module in model.modules() if hasattr(module, "tiles")]
     attentions = [layer.attention for layer in model.layers]
     fits = all(linear.tiles is not None for linear in linears)
@@ -82,24 +80,32 @@ def fuse(model: nn.Module) -> Callable | None:
     return lambda idx, input_pos, kv_len, last=None: fused.forward(idx, input_pos, last)
 
 
-def gather(model: nn.Module) -> None:
-    """Move packed weights into one region of huge pages, in the order in which they are read.
+class HugePages:
+    """Memory for packed weights, one after the other in chunks of huge pages.
 
-    With pages of 4 kB the walks to find them cost a quarter of the bandwidth.
+    With pages of 4 kB, page walks cost decoding up to half of the bandwidth. A chunk is freed with
+    the last tensor in it; what of it is never written takes no memory.
     """
-    names = ("tiles", "grid")
-    places = [(m, n) for m in model.modules() for n in names if getattr(m, n, None) is not None]
-    if len({getattr(*place).untyped_storage().data_ptr() for place in places}) < 2:
-        return  # none, or done already
-    sizes = [-(-getattr(*place).nbytes // ALIGNMENT) * ALIGNMENT for place in places]
-    region = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without them
-        region.madvise(mmap.MADV_HUGEPAGE)
-    parts = torch.frombuffer(region, dtype=torch.uint8).split(sizes)
-    for (module, name), part in zip(places, parts, strict=True):
-        tensor = getattr(module, name)
-        part = part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        setattr(module, name, part.copy_(tensor))
+
+    CHUNK, PAGE, ALIGNMENT = 2**26, 2**21, 64  # bytes
+
+    def __init__(self):
+        self.free = torch.empty(0, dtype=torch.uint8)
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """A dense copy of the tensor."""
+        size = -(-tensor.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+        if size > len(self.free):
+            length = max(self.CHUNK, -(-size // self.PAGE) * self.PAGE)
+            chunk = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a system without huge pages
+                chunk.madvise(mmap.MADV_HUGEPAGE)
+            self.free = torch.frombuffer(chunk, dtype=torch.uint8)
+        part, self.free = self.free.split([size, len(self.free) - size])
+        return part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+huge_pages = HugePages()
 
 
 def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | None] | None:
@@ -108,29 +114,26 @@ def pack(weight: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor | N
     The scheme is told by the dtypes: bf16 without a grid, int8 with scales, or int4 codes in uint8
     with scales and zeros, all stored as in linear.py. Of experts all have a leading dimension.
     """
-    if weight.dim() == 3:
-        grids = [None] * len(weight) if grid is None else grid
-        each = [pack(*pair) for pair in zip(weight, grids, strict=True)]
-        if not all(each):
-            return None
-        tiles, grids = zip(*each, strict=True)
-        return torch.stack(tiles), None if grid is None else torch.stack(grids)
-    columns = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+    columns = weight.shape[-1] * (2 if weight.dtype == torch.uint8 else 1)
     dtype = weight.dtype if grid is None else grid.dtype
     fits = weight.device.type == "cpu" and dtype == torch.bfloat16 and columns % 4 == 0
     if weight.dtype == torch.uint8:
-        fits = fits and columns % 8 == 0 and columns // len(grid) % 16 == 0
+        fits = fits and columns % 8 == 0 and columns // grid.shape[-3] % 16 == 0
     if not fits or not load():
         return None
     if weight.dtype == torch.uint8:
-        return pack_int4(weight, grid)
-    return (tile(weight, 2), None) if grid is None else (tile(weight, 4), grid)
+        each = weight.dim() == 3
+        pairs = zip(weight, grid, strict=True) if each else [(weight, grid)]
+        codes, grids = zip(*(pack_int4(*pair) for pair in pairs), strict=True)
+        tiles, grid = (torch.stack(x) if each else x[0] for x in (codes, grids))
+        return huge_pages.hold(tiles), huge_pages.hold(grid)
+    return huge_pages.hold(tile(weight, 2 if grid is None else 4)), grid
 
 
 def tile(weight: Tensor, columns: int) -> Tensor:
-    """Tiles `[out/32, in/columns, 32, columns]` of a weight `[out, in]`, padded with zeros."""
-    weight = F.pad(weight, (0, 0, 0, -len(weight) % 32))
-    return weight.view(-1, 32, weight.shape[1] // columns, columns).transpose(1, 2).contiguous()
+    """Tiles `[…, out/32, in/columns, 32, columns]` of a weight `[…, out, in]`, zero-padded."""
+    weight = F.pad(weight, (0, 0, 0, -weight.shape[-2] % 32))
+    return weight.unflatten(-1, (-1, columns)).unflatten(-3, (-1, 32)).transpose(-3, -2)
 
 
 def pack_int4(weight: Tensor, scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_integers_are_multiplied_exactly():
         weight[0], x[0] = -128, 127  # the largest sums
         peaks, scales = torch.full((rows, 1), 127.0), torch.ones(height).bfloat16()
         op = torch.ops.tokenbus.linear_int8_activation
-        y = op(x.bfloat16(), kernels.tile(weight, 4), scales, peaks)
+        y = op(x.bfloat16(), kernels.tile(weight, 4).contiguous(), scales, peaks)
         assert torch.equal(y, (x.double() @ weight.double().t()).float().bfloat16())
 
 
@@ -133,10 +134,11 @@ def test_int8_weights_keep_small_values_beside_large_ones():
         x[0, 0], x[0, 1] = 2.0**exponent, -(2.0**exponent)
         x[0, 2] = 1.9921875 * 2.0 ** (exponent - 15)
         scales = torch.ones(1, dtype=torch.bfloat16)
-        y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.tile(weight, 4), scales, False)
+        tiles = kernels.tile(weight, 4).contiguous()
+        y = torch.ops.tokenbus.linear_int8(x.bfloat16(), tiles, scales, False)
         assert y.item() == x[0, 2].item(), exponent
     x[0, 3] = float("nan")
-    y = torch.ops.tokenbus.linear_int8(x.bfloat16(), kernels.tile(weight, 4), scales, False)
+    y = torch.ops.tokenbus.linear_int8(x.bfloat16(), tiles, scales, False)
     assert y.isnan()
 
 
@@ -213,11 +215,41 @@ def test_operators_refuse_what_they_do_not_take():
 
 def test_a_weight_that_does_not_fit_is_refused():
     x = torch.zeros(1, 64).bfloat16()
-    tiles = kernels.tile(torch.zeros(40, 96).bfloat16(), 2)
+    tiles = kernels.tile(torch.zeros(40, 96).bfloat16(), 2).contiguous()
     with pytest.raises(RuntimeError, match="has not been packed"):
         torch.ops.tokenbus.linear_bf16(x, tiles, 40, False)
     with pytest.raises(RuntimeError, match="has not been packed"):
         torch.ops.tokenbus.linear_bf16(torch.zeros(1, 96).bfloat16(), tiles, 80, False)
+    strided = kernels.tile(torch.zeros(64, 96).bfloat16(), 2)
+    with pytest.raises(RuntimeError, match="has not been packed"):
+        torch.ops.tokenbus.linear_bf16(torch.zeros(1, 96).bfloat16(), strided, 64, False)
+
+
+def in_huge_pages(address: int) -> bool:
+    """Whether the memory there is mapped and may be backed by huge pages."""
+    maps = re.split(r"^(?=\w+-\w+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
+    for text in maps[1:]:
+        begin, end = (int(x, 16) for x in text.split()[0].split("-"))
+        if begin <= address < end:
+            return re.search(r"^VmFlags:.* hg\b", text, re.M) is not None
+    return False
+
+
+def test_packed_weights_lie_side_by_side_in_huge_pages_and_are_freed():
+    memory = kernels.HugePages()
+    first, second = memory.hold(torch.arange(100)), memory.hold(torch.ones(3, 5).t())
+    assert first.equal(torch.arange(100)) and second.equal(torch.ones(5, 3))
+    assert second.is_contiguous() and second.data_ptr() - first.data_ptr() == 832  # 13 lines of 64
+    large = memory.hold(torch.zeros(memory.CHUNK + 1, dtype=torch.uint8))
+    assert large.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+    places = [first.data_ptr(), large.data_ptr()]
+    known = Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert [in_huge_pages(place) for place in places] == [known, known]
+    linear = Linear(64, 32).bfloat16().requires_grad_(False)
+    linear.pack_weights()
+    assert in_huge_pages(linear.tiles.data_ptr()) == known
+    del first, second, large, memory
+    assert not any(in_huge_pages(place) for place in places)
 
 
 def packed_mixture(scheme: str) -> MixtureOfExperts:
@@ -258,6 +290,8 @@ def test_one_operator_runs_the_experts_as_their_linears_do_one_by_one(scheme, pr
     expected = mixture.by_expert(x, twice, shares, prefill)
     found = mixture.by_operator(x, twice, shares, prefill)
     assert (found - expected).norm() < BOUND * expected.norm()
+    alone = mixture.by_operator(x[:1], twice[:1], shares[:1], prefill)
+    assert alone.equal(found[:1])
     many = torch.cat([x] * 14)  # more rows than go through the experts at once
     again = mixture.by_operator(many, *(t.repeat(14, 1) for t in (chosen, shares)), prefill)
     assert again.equal(y.repeat(14, 1))
