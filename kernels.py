@@ -83,11 +83,11 @@ def fuse(model: nn.Module) -> Callable | None:
 class HugePages:
     """Memory for packed weights, one after the other in chunks of huge pages.
 
-    With pages of 4 kB, page walks cost decoding up to half of the bandwidth. A chunk is freed with
-    the last tensor in it; what of it is never written takes no memory.
+    With pages of 4 kB decoding had 0.6 to 1.0 of the speed (benchmarks.md). A chunk is freed with
+    the last tensor in it, but for the one being filled; what is never written takes no memory.
     """
 
-    CHUNK, PAGE, ALIGNMENT = 2**26, 2**21, 64  # bytes
+    CHUNK, ALIGNMENT = 2**26, 64  # bytes
 
     def __init__(self):
         self.free = torch.empty(0, dtype=torch.uint8)
@@ -95,14 +95,19 @@ class HugePages:
     def hold(self, tensor: Tensor) -> Tensor:
         """A dense copy of the tensor."""
         size = -(-tensor.nbytes // self.ALIGNMENT) * self.ALIGNMENT
-        if size > len(self.free):
-            length = max(self.CHUNK, -(-size // self.PAGE) * self.PAGE)
-            chunk = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a system without huge pages
-                chunk.madvise(mmap.MADV_HUGEPAGE)
-            self.free = torch.frombuffer(chunk, dtype=torch.uint8)
-        part, self.free = self.free.split([size, len(self.free) - size])
-        return part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        if size > self.CHUNK:
+            room = self.allocate(size)
+        else:
+            rest = self.free if size <= len(self.free) else self.allocate(self.CHUNK)
+            room, self.free = rest.split([size, len(rest) - size])
+        return room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def allocate(self, size: int) -> Tensor:
+        """So many bytes that the system may back with huge pages."""
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 huge_pages = HugePages()

@@ -248,7 +248,9 @@ def test_packed_weights_lie_side_by_side_in_huge_pages_and_are_freed():
     linear = Linear(64, 32).bfloat16().requires_grad_(False)
     linear.pack_weights()
     assert in_huge_pages(linear.tiles.data_ptr()) == known
-    del first, second, large, memory
+    del large  # which is in a chunk of its own
+    assert [in_huge_pages(place) for place in places] == [known, False]
+    del first, second, memory
     assert not any(in_huge_pages(place) for place in places)
 
 
