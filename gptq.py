@@ -44,7 +44,7 @@ def inverse_root(hessian: Tensor, percdamp: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(reverse + damping * mean * eye)
         if not failed and lower.isfinite().all():
             return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-    raise UserError("calibrating gave values that are not finite; is the checkpoint damaged?")
+    raise UserError("the inputs of a matrix are NaN or infinite; is the checkpoint damaged?")
 
 
 def gptq(
@@ -185,6 +185,16 @@ def collect_hessians(linears: dict, run: Callable, states: list[Tensor], count: 
     return hessians
 
 
+def check_inputs(name: str, hessian: Tensor | list[Tensor | None]) -> None:
+    """Raise a UserError if inputs of the calibration were NaN or infinite."""
+    for own in [hessian] if isinstance(hessian, Tensor) else hessian:
+        if own is not None and not own.diagonal().isfinite().all():
+            raise UserError(
+                f"on the calibration text, inputs of {name} are NaN or infinite in bfloat16; "
+                "is the checkpoint damaged?"
+            )
+
+
 def stages(layer: TransformerBlock) -> list[dict[str, Linear]]:
     """The Linears of a block by name, grouped by stage, in execution order.
 
@@ -231,11 +241,14 @@ def quantize_blocks(
             go = functools.partial(run, weights=weights)
             hessians = collect_hessians(linears, go, states, count)
             for name, linear in linears.items():
-                weight = quantize(f"{names[layer]}.{name}", linear.weight, hessians[name])
+                whole_name = f"{names[layer]}.{name}"
+                check_inputs(whole_name, hessians[name])
+                weight = quantize(whole_name, linear.weight, hessians[name])
                 weights[name + ".weight"] = weight.to(linear.weight)
         for i, state in enumerate(states):
             states[i] = run(state, weights)
     hessian = torch.zeros(model.args.dim, model.args.dim, device=device)
     for x in states:
         add_inputs(hessian, count, model.output, (model.norm(x),))  # without computing logits
+    check_inputs("output", hessian)
     quantize("output", model.output.weight, hessian)

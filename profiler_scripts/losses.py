@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tasks
 from cli import UserError
+from engine import NOT_FINITE
 from eval import Evaluator, lm_eval
 from files import read_text
 from model import Transformer, TransformerBlock
@@ -80,7 +81,10 @@ class TextLosses:
             return y
 
         positions = torch.arange(length, device=batch.device).expand(rows, -1)
-        return model(batch[:, :-1], positions, length, block=block).logits
+        logits = model(batch[:, :-1], positions, length, block=block).logits
+        if not logits.isfinite().all():
+            raise UserError(NOT_FINITE)
+        return logits
 
     def remember(self, part: str) -> None:
         """Keep the inputs of every block, so that later runs can start at any block."""

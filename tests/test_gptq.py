@@ -135,7 +135,7 @@ def test_too_few_inputs_are_damped_until_the_hessian_can_be_factored():
 def test_inputs_that_are_not_finite_are_named(value):
     weight, _, hessian = problem()
     hessian[3, 3] = value
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="are NaN or infinite"):
         gptq(weight, hessian, 32, find_grid)
 
 

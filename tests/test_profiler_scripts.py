@@ -369,6 +369,14 @@ def test_the_divergence_of_an_unchanged_model_is_zero(folder, variants):
     assert losses("ranking").min() > 0
 
 
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_logits_that_are_not_finite_are_never_ranked(folder, metric):
+    model = load_model(folder / "model.pth", "cpu")
+    model.norm.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match="logits that are NaN or infinite"):
+        text_losses(folder, model, metric)("ranking")
+
+
 def test_the_divergence_is_the_textbooks(monkeypatch):
     reference, logits = torch.randn(2, 5, 300) * 3
     expected = torch.nn.functional.kl_div(

@@ -260,6 +260,19 @@ def test_weights_that_are_not_finite_are_named(run, path, tmp_path, name, value,
     assert [file.name for file in path.parent.glob("*.pth")] == ["model.pth"]
 
 
+@pytest.mark.parametrize("flags", [["int4"], ["int4-gptq"], ["hybrid"]])
+def test_inputs_that_overflow_on_the_calibration_text_are_named(run, path, tmp_path, flags):
+    """Finite weights, of another precision than the one they were trained in."""
+    state = torch.load(path)
+    state["layers.1.ffn_norm.weight"].fill_(3e38)
+    torch.save(state, path)
+    flags = ["--mode", *flags, "--calibration_seq_length", "64"]
+    code, out, err = run(*flags, "--calibration_file", text_file(tmp_path))
+    assert code == 2 and out == ""
+    assert "inputs of layers.1.feed_forward.w1 are NaN or infinite" in err
+    assert [file.name for file in path.parent.glob("*.pth")] == ["model.pth"]
+
+
 def test_a_quantized_checkpoint_is_not_quantized_again(run, path):
     run("--mode", "int8")
     code, _, err = run("--mode", "int4", checkpoint=path.with_name("model_int8.pth"))
