@@ -211,7 +211,7 @@ def linear_kernel(
     if gain is not None:
         factor = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / (chunks * (S * C)) + eps)[None, :]
     if peaks is not None:
-        factor = tl.maximum(tl.load(peaks + m, mask=m < rows, other=0.0), 1e-12) / 127
+        factor = step_of(tl.load(peaks + m, mask=m < rows, other=0.0))
     out = finish(sums, factor, grid, bias, n, n < N, SCHEME)
     if w3 is not None:
         out = out / (1 + tl.exp(-out)) * finish(sums3, factor, grid3, bias3, n, n < N, SCHEME)
@@ -225,11 +225,17 @@ def linear_kernel(
 # Quantizing x, dequantizing weights, summing experts
 
 
+@triton.jit
+def step_of(peak):
+    """What code 1 is worth where 127 is the largest value; NaN where a value is."""
+    return tl.maximum(peak, 1e-12, propagate_nan=tl.PropagateNan.ALL) / 127
+
+
 @triton.jit(do_not_specialize=["K"])
 def quantize_kernel(x, peaks, codes, K):
     """Quantize a row of x to int8, with step peak / 127, rounded to nearest even."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * 1024 + tl.arange(0, 1024)
-    step = tl.maximum(tl.load(peaks + row), 1e-12) / 127
+    step = step_of(tl.load(peaks + row))
     value = tl.load(x + row * K + at, mask=at < K, other=0.0).to(tl.float32)
     rounded = tl.math.div_rn(value, step) + 12582912.0  # 1.5 * 2^23: rounds off the fraction
     tl.store(codes + row * K + at, (rounded - 12582912.0).to(tl.int8), mask=at < K)

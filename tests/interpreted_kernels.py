@@ -129,6 +129,10 @@ def test_int8_activations_are_rounded_once_and_summed_as_integers():
     for rows in (1, 9, 40):  # 40: by torch's own product
         y = product_of_codes(x[:rows], weight.packed, weight.grid, None)
         assert y.equal(expected[:rows])
+    x[0, 3] = float("nan")
+    for rows in (1, 9, 40):
+        y = product_of_codes(x[:rows], weight.packed, weight.grid, None)
+        assert y[0].isnan().all() and y[1:].equal(expected[1:rows])
 
 
 # ---- Experts -------------------------------------------------------------------------------------

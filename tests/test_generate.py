@@ -16,6 +16,8 @@ import sys
 import tempfile
 import termios
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -209,6 +211,16 @@ def test_logits_that_are_not_finite_end_the_text(value):
 
 
 SEVEN = torch.tensor([77])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_logit_that_is_not_finite_is_enough(value):
+    logits = torch.zeros(2, 300)
+    logits[1, 7] = value
+    read = engine_module.send_tokens(torch.tensor([3, 4]), logits, None)
+    assert [token.id for token in read([True, False])] == [3, 4]  # of a row that has ended
+    with pytest.raises(UserError, match="logits that are NaN or infinite"):
+        read([False, True])
 
 
 def test_a_row_that_has_ended_cannot_end_the_others():
@@ -449,6 +461,30 @@ def test_a_prompt_is_printed_with_its_continuation(run_cli, tmp_path):
         assert figures["ended_by"] == ["max_new_tokens"]
         assert figures["tokens_per_s"] > 0 and figures["gb_per_s"] > 0
     assert "tokens/s" in err and "peak memory" in err
+
+
+def test_the_time_of_loading_is_without_the_build_of_kernels(
+    monkeypatch, capsys, checkpoint, tmp_path
+):
+    now = [0.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+
+    def takes(seconds: float, what: Callable) -> Callable:
+        def call(*args, **options):
+            now[0] += seconds
+            return what(*args, **options)
+
+        return call
+
+    built = types.SimpleNamespace(load=takes(100, lambda: True))
+    monkeypatch.setattr(cli_generate, "time", clock)
+    monkeypatch.setattr(cli_generate, "kernels_for", lambda device: built)
+    monkeypatch.setattr(cli_generate, "load", takes(3, cli_generate.load))
+    monkeypatch.setattr(Transformer, "pack_weights", takes(2, lambda model: None))
+    flags = ("--checkpoint_path", checkpoint, "--device", "cpu", "--max_new_tokens", 1)
+    code, _, err = command(monkeypatch, capsys, *flags, "--json", tmp_path / "figures.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "figures.json").read_text())["load_s"] == 5 and now[0] > 100
 
 
 def test_the_chat_template_is_told_what_template_args_say(monkeypatch, capsys, tmp_path):
