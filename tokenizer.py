@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import codecs
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,7 @@ MARK = "\ufdd0"  # Unicode sets this code point aside for use inside programs: n
 
 # No published vocabulary has a sixtieth of this, and no gap in one is as wide.
 MAX_IDS = 2**24
+MAX_GROWTH = 100  # by a normalizer; published ones do not lengthen a text
 
 # Byte-level BPE spells a byte as a printable character: itself, or one from U+0100 on.
 OTHERS = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
@@ -272,10 +274,26 @@ def open_json(data: bytes) -> Tokenizer:
         if type(hidden) is not bool:
             raise ValueError(f"added token {name!r:.80} is neither special nor not")
         (special if hidden else visible)[name] = i
+    times = growth(content.get("normalizer"))
+    if times > MAX_GROWTH:
+        raise ValueError(f"its normalizer makes a text up to {times:.3g} times as long")
     content |= {"added_tokens": [], "truncation": None, "padding": None}
     library = tokenizers.Tokenizer.from_str(json.dumps(content))
     first, empty = (library.encode(text).ids[:1] for text in ("a", ""))
     return from_library(library, special, visible, first[0] if first and first == empty else -1)
+
+
+def growth(normalizer) -> float:
+    """How many times as long as a text its normal form may be, by all replacements together."""
+    if isinstance(normalizer, list):
+        return math.prod(map(growth, normalizer))
+    if not isinstance(normalizer, dict):
+        return 1.0
+    times, new, pattern = 1.0, normalizer.get("content"), normalizer.get("pattern")
+    if isinstance(new, str):
+        old = pattern.get("String") if isinstance(pattern, dict) else None
+        times = max(1.0, len(new) / len(old)) if old else 1.0 + len(new)  # a regex may match ""
+    return times * growth(normalizer.get("normalizers"))
 
 
 def open_ranks(data: bytes) -> Tokenizer:
@@ -308,9 +326,14 @@ def from_library(library, special: dict, visible: dict, bos_id: int) -> Tokenize
 
     def encode(text: str, is_start: bool) -> list[int]:
         try:
-            ids = library.encode(text if is_start else MARK + text, add_special_tokens=False).ids
-        except Exception as error:  # the library has no exception of its own
-            raise UserError(f"the tokenizer has no tokens for this text ({error})") from None
+            with muted():
+                text = text if is_start else MARK + text
+                ids = library.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # of any class, as in open_data
+            why = f"{error!s:.300}"
+            raise UserError(f"the tokenizer has no tokens for this text ({why})") from None
         return ids if is_start else ids[1:]
 
     return Tokenizer(encode, pieces, special, visible, bos_id, -1)

@@ -770,6 +770,39 @@ def test_an_added_token_with_an_absurd_id_is_named(folders, tmp_path, i):
     assert str(tmp_path / "tokenizer.json") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"pattern": {"String": "a"}, "content": "aa"},
+        {"pattern": {"String": "ab"}, "content": "babab"},
+        {"pattern": {"Regex": "$"}, "content": "a"},
+    ],
+)
+def test_a_normalizer_that_lengthens_texts_without_end_is_refused(folders, tmp_path, step):
+    data = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    steps = {"type": "Sequence", "normalizers": [{"type": "Replace"} | step] * 40}
+    write(tmp_path, "tokenizer.json", data | {"normalizer": steps})
+    with pytest.raises(UserError, match="normalizer makes a text up to .* times as long"):
+        Tokenizer.from_folder(tmp_path)
+    steps["normalizers"] = steps["normalizers"][:4]
+    write(tmp_path, "tokenizer.json", data | {"normalizer": steps})
+    assert len(Tokenizer.from_folder(tmp_path).encode("ab" * 9)) > 18
+
+
+def test_a_text_on_which_the_library_panics_is_one_sentence(folders, tmp_path, capfd):
+    """Its regexes give up after so many steps, and its author did not expect it."""
+    data = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated"}
+    split |= {"invert": False}
+    steps = {"type": "Sequence", "pretokenizers": [split, data["pre_tokenizer"]]}
+    write(tmp_path, "tokenizer.json", data | {"pre_tokenizer": steps})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(UserError, match="has no tokens for this text"):
+        tokenizer.encode("x" * 40)
+    assert capfd.readouterr() == ("", "")
+    assert tokenizer.encode("ab")
+
+
 @pytest.mark.parametrize("content", ["", 7, None, ["a"], "\ud800", "\ufdd0"])
 def test_an_added_token_without_a_name_is_refused(folders, tmp_path, content):
     data = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
