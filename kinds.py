@@ -111,6 +111,8 @@ def yarn_scaling(freqs: Tensor, rope: Keys, config: Keys) -> tuple[Tensor, float
     # than beta_slow divided by factor; low and high are the pair indices at these two limits.
     context = original_length(config, rope) / (2 * math.pi)
     turns = rope.number("beta_fast", 32), rope.number("beta_slow", 1)
+    if turns[0] <= turns[1]:
+        raise rope.refusal("beta_fast", f"not above beta_slow, {turns[1]}")
     low, high = (pairs * math.log(context / count) / math.log(base) for count in turns)
     if rope.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)

@@ -255,6 +255,10 @@ def test_what_is_no_flag_is_refused(key, value):
             "low_freq_factor is 4.0, not below high_freq_factor, 4.0",
         ),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}}, "not below high_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1.0}},
+            "beta_fast is 1.0, not above beta_slow, 1.0",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', not an object"),
         ({"rope_scaling": [1]}, r"rope_scaling is \[1\], not an object"),
         ({"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
