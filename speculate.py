@@ -34,9 +34,10 @@ from linear import Linear
 from model import Transformer
 from tokenizer import Tokenizer
 
-# The cost of verifying one more token, in decoding steps. With four tokens and TinyLlama's shape it
-# was 0.02 in bf16, 0.09 in int8 and 0.14 in int4 (benchmarks.md, "verify 4").
-VERIFIED_ROW = 0.08
+# Verifying one more token takes as long as reading so many bits of every weight: multiplying does
+# not become cheaper with fewer bits. With four tokens and TinyLlama's shape it was 0.9 in bf16 and
+# int8, and 1.4 in int4 (benchmarks.md, "Huge pages", verify 4).
+VERIFIED_BITS = 1.0
 
 Hook = Callable[[int, list[int], Tensor], Tensor]  # as `shape_logits` of engine.generate
 
@@ -64,6 +65,14 @@ def step_cost(model: Transformer) -> int:
             chosen = model.args.mixture.chosen if linear.experts else 1
             cost += chosen * max(0, floats - stored)
     return cost
+
+
+def row_cost(model: Transformer) -> float:
+    """The cost of verifying one more token in the same step, in the same bytes."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    chosen = model.args.mixture.chosen if model.args.mixture else 1
+    weights = (m.in_features * m.out_features * (chosen if m.experts else 1) for m in linears)
+    return VERIFIED_BITS / 8 * sum(weights)
 
 
 class DraftModel:
@@ -204,7 +213,7 @@ class Speculator:
     """A target and its draft: up to k tokens a step, fewer where that is faster.
 
     The draft length maximizes the expected tokens a second, from the recent acceptance rate and the
-    cost of a step. A drafted token costs the draft's bytes over the target's, and VERIFIED_ROW.
+    cost of a step. A drafted token costs what the draft reads and what verifying it takes.
     """
 
     def __init__(
@@ -217,8 +226,9 @@ class Speculator:
         """`agree` broadcasts rank 0's value: the shards of the ranks differ in size."""
         self.engine, self.draft, self.k = engine, draft, k
         self.engines = [engine] + ([draft.engine] if draft.engine else [])
-        share = agree(lambda: draft.proposal_cost() / step_cost(engine.model))
-        self.costs = [1 + n * (share + VERIFIED_ROW) for n in range(k + 1)]  # by draft length
+        model = engine.model
+        more = agree(lambda: (draft.proposal_cost() + row_cost(model)) / step_cost(model))
+        self.costs = [1 + n * more for n in range(k + 1)]  # by draft length
         self.begin(0)
 
     def begin(self, start: int) -> None:

@@ -23,7 +23,7 @@ from profiler_scripts.layer_accuracy_analysis import make_variants
 from profiler_scripts.layer_identification import list_linears
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
-from speculate import step_cost
+from speculate import row_cost, step_cost
 
 SCHEMES = ("bf16", "int8", "int8-activation", "int4")
 OPTIONS = Mixture(experts=8, chosen=3, width=64, shared=0, renormalize=True)
@@ -141,6 +141,8 @@ def test_experts_that_no_kernel_multiplies_cost_speculation_what_floats_do(schem
         model.setup_caches(1, 64)
     assert stored.bytes_per_step(0) < 0.8 * exact.bytes_per_step(0)
     assert step_cost(stored) == pytest.approx(step_cost(exact), rel=1e-6)
+    assert row_cost(stored) == row_cost(exact)
+    assert 0.9 < row_cost(exact) / (step_cost(exact) / 32) < 1  # a bit of 32; norms have the rest
 
 
 def test_without_its_file_a_mixture_says_so_and_a_dense_model_runs(monkeypatch):
