@@ -125,9 +125,11 @@ def test_constant_and_zero_weights_quantize():
 
 @pytest.mark.parametrize("width", [2, 30, 86, 100, 576])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_int8_of_any_width_needs_no_kernels(width, dtype, monkeypatch):
-    """A rank's slice of 86 columns, say: PyTorch's own operation takes multiples of 16 alone."""
-    monkeypatch.setattr(kernels, "load", lambda: False)
+@pytest.mark.parametrize("compiler", [False, True])
+def test_int8_of_any_width_needs_no_kernels(width, dtype, compiler, monkeypatch):
+    """A rank's slice of 86 columns, say, which neither our kernels nor PyTorch's own one take."""
+    if not compiler:
+        monkeypatch.setattr(kernels, "load", lambda: False)
     generator = torch.Generator().manual_seed(width)
     weight = torch.randn(40, width, generator=generator)
     linear = linear_for(Linear(width, 40), tensors := quantize(weight, "int8", 32))
