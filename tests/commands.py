@@ -19,18 +19,27 @@ import json
 import os
 import resource
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 LOADED = ("generate", "quantize", "eval", "speculate", "prefill_cache", "tp", "ranges", "gptq")
-LOADED += ("torch.distributed.run", "torch._inductor.compile_fx")
+LOADED += (
+    "kernels",
+    "mixture",
+    "jsonl",
+    "chat",
+    "torch.distributed.run",
+    "torch._inductor.compile_fx",
+)
 FRESH = "huggingface_hub"  # reads HF_ENDPOINT and others when it is imported
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -61,15 +70,17 @@ def run_served(argv: list[str], cwd: Path, env: dict, timeout=60) -> subprocess.
 
 
 @functools.cache
-def python() -> tuple[str, ...]:
-    """The first words of a command line that the server runs; the first call starts it."""
+def python(root: Path = ROOT) -> tuple[str, ...]:
+    """The first words of a command that the server of a copy runs; the first call starts it."""
     folder = tempfile.TemporaryDirectory(prefix="commands-")
     address = str(Path(folder.name, "socket"))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
-    command = [sys.executable, __file__, str(listener.fileno())]
-    server = subprocess.Popen(command, pass_fds=[listener.fileno()], start_new_session=True)
+    command = [sys.executable, __file__, "serve", str(listener.fileno()), str(root)]
+    env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # fewer to copy in forks
+    options = dict(pass_fds=[listener.fileno()], start_new_session=True, env=env)
+    server = subprocess.Popen(command, **options)
     listener.close()
     atexit.register(folder.cleanup)
     atexit.register(server.kill)
@@ -79,48 +90,64 @@ def python() -> tuple[str, ...]:
 # ---- The server --------------------------------------------------------------------------------
 
 
-def serve(listener: socket.socket) -> None:
-    """Fork once for every client that calls."""
-    sys.path.insert(0, str(ROOT))
+def serve(listener: socket.socket, root: str) -> None:
+    """Fork a child for every client that calls, tell it how the child ends, and end it without."""
+    sys.path.insert(0, root)
     for name in LOADED:
         importlib.import_module(name)
+    for finalizer in weakref.finalize._registry:  # torch takes down its operators one by one
+        finalizer.atexit = False
+    atexit.unregister(sys.modules["torch._dynamo.utils"].dump_compile_times)
     gc.freeze()  # a child's collections leave these pages shared
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that attend
-    listener.settimeout(1)
+    ended, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    children: dict[socket.socket, int] = {}  # process ids by client
     parent = os.getppid()
     while os.getppid() == parent:  # however the tests end, this ends
-        with contextlib.suppress(TimeoutError):
-            client, _ = listener.accept()
-            if os.fork() == 0:
-                attend(client)
-            client.close()
+        for ready in select.select([listener, ended, *children], [], [], 1)[0]:
+            if ready is listener:
+                client, _ = listener.accept()
+                children[client] = start(client)
+            elif ready is ended:
+                ended.recv(4096)
+            else:  # a client has gone
+                kill(children.pop(ready))
+                ready.close()
+        for client, child in [*children.items()]:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                tell(client, status)
+                del children[client]
+                client.close()
+    for child in children.values():
+        kill(child)
 
 
-def attend(client: socket.socket) -> NoReturn:
-    """Fork the child, tell the client its process id and how it ended, and end with either."""
+def tell(client: socket.socket, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        client.sendall(b"%d\n" % number)
+
+
+def kill(child: int) -> None:
+    for how in (os.killpg, os.kill):  # it may not lead its group yet
+        with contextlib.suppress(ProcessLookupError):
+            how(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def start(client: socket.socket) -> int:
+    """Fork the child that a client asks for, and tell it the child's process id."""
     _, streams, *_ = socket.recv_fds(client, 1, 3)
     request = json.loads(client.makefile().readline())
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
     if child == 0:
         run_child(streams, **request)
     for stream in streams:
         os.close(stream)
-
-    def end_with_the_client():
-        if not client.recv(1):
-            for kill in (os.killpg, os.kill):  # it may not lead its group yet
-                with contextlib.suppress(ProcessLookupError):
-                    kill(child, signal.SIGKILL)
-
-    def tell(number: int):
-        with contextlib.suppress(BrokenPipeError):
-            client.sendall(b"%d\n" % number)
-
-    threading.Thread(target=end_with_the_client, daemon=True).start()
-    tell(child)
-    tell(os.waitpid(child, 0)[1])
-    os._exit(0)
+    tell(client, child)
+    return child
 
 
 def run_child(
@@ -128,7 +155,12 @@ def run_child(
 ) -> NoReturn:
     """Become `python *argv`, and end as it does."""
     resource.setrlimit(resource.RLIMIT_FSIZE, tuple(file_size))
-    os.closerange(3, min(streams))
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number not in streams:
+            with contextlib.suppress(OSError):  # the folder's own
+                os.close(number)
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -221,7 +253,7 @@ def call(address: str, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        serve(socket.socket(fileno=int(sys.argv[1])))
+    if sys.argv[1] == "serve":
+        serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3])
     else:
         sys.exit(call(sys.argv[1], sys.argv[2:]))

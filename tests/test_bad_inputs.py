@@ -118,7 +118,7 @@ def good(tmp_path_factory) -> Path:
 def run_in(folder: Path, command: list[str]) -> subprocess.CompletedProcess:
     """Run a command in the folder, with temporary files in its tmp/; words may set variables."""
     script, *flags = command
-    environment = os.environ | {"TMPDIR": "tmp", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"TMPDIR": "tmp"}
     variables = [flag for flag in flags if flag.startswith("DEVICE=")]
     environment |= dict(variable.split("=") for variable in variables)
     argv = ["-c", AS_A_USER, str(ROOT / script), *(f for f in flags if f not in variables)]

@@ -403,7 +403,7 @@ def make_removable(folder: Path) -> None:
 def environment(home: Path) -> dict:
     ours = ("DEVICE", "WORLD_SIZE", "RANK", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY")
     env = {name: value for name, value in os.environ.items() if name not in ours}
-    env |= {"PYTHON": " ".join(python()), "START": START, "ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHON": " ".join(python()), "START": START, "ROOT": str(ROOT)}
     env |= {"TMPDIR": str(home / "tmp"), "HF_HOME": str(home.parent / "hf"), "FEW_TASKS": FEW_TASKS}
     return env | {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
 

@@ -43,7 +43,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True, scope="module")
 def loaded():
-    """The kernels; emulated where the CPU lacks the instructions."""
+    """The kernels, with threads; emulated where the CPU lacks the instructions."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
         if not NATIVE:
             version = hashlib.sha256(HEADER.read_bytes()).hexdigest()[:16]
@@ -53,6 +55,7 @@ def loaded():
             kernels.load.cache_clear()
         assert kernels.load()
         yield
+    torch.set_num_threads(threads)
     if not NATIVE:
         kernels.load.cache_clear()
 
@@ -606,11 +609,10 @@ from torch._inductor.utils import run_and_get_code
 from pathlib import Path
 from engine import Engine, load_model
 
-for path in map(Path, sys.argv[1:]):
-    model = load_model(path, "cpu")
-    model.output.register_forward_hook(lambda _module, _x, y: y)  # as a rank's part has
-    model.setup_caches(1, 64)
-    Engine(model, "block").warm_up(1)
+model = load_model(Path(sys.argv[1]), "cpu")
+model.output.register_forward_hook(lambda _module, _x, y: y)  # as a rank's part has
+model.setup_caches(1, 64)
+Engine(model, "block").warm_up(1)
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 print(counters["inductor"]["fxgraph_cache_bypass"], counters["aot_autograd"]["autograd_cache_hit"])
 """
@@ -619,23 +621,22 @@ print(counters["inductor"]["fxgraph_cache_bypass"], counters["aot_autograd"]["au
 @native
 @pytest.mark.slow
 def test_a_second_process_finds_compiled_blocks_in_the_cache(tmp_path):
-    paths = [write_checkpoint(tmp_path / "a", SHAPE, torch.bfloat16)]
-    state = torch.load(paths[0])
+    path = write_checkpoint(tmp_path, SHAPE, torch.bfloat16)
+    state = torch.load(path)
     for name, module in random_model(SHAPE).named_modules():
         if isinstance(module, Linear):
             tensors = quantize(state.pop(f"{name}.weight"), "int4", 32)
             state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    torch.save(state, tmp_path / "a" / "model_int4.pth")
-    paths.append(tmp_path / "a" / "model_int4.pth")
+    torch.save(state, path)
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", CACHE, *map(str, paths)]
+    command = [sys.executable, "-c", CACHE, str(path)]
     results = []
     for _ in range(2):
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         results.append([int(word) for word in done.stdout.split()])
     (hits, misses, bypassed, _), second = results
-    assert misses >= len(paths) and bypassed == 0
+    assert misses >= 1 and bypassed == 0
     assert second[:3] == [hits + misses, 0, 0] and second[3] == hits + misses
 
 

@@ -5,17 +5,18 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tokenize
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoint import DEFAULT_CHECKPOINT
+from commands import python as commands_of
 from commands import run_script
 from conftest import ROOT
 from files import read_json
@@ -235,9 +236,12 @@ def short_clone(clone, tmp_path_factory) -> Path:
     return folder
 
 
-def run_in(folder: Path, *command: str, stdin: str = "") -> subprocess.CompletedProcess:
+BIN = Path(sys.executable).parent
+
+
+def run_in(folder: Path, *command: str, stdin: str = "", bin=BIN) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DEVICE")}
-    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{bin}:{BIN}:{env['PATH']}"
     options = dict(cwd=folder, input=stdin, capture_output=True, text=True, env=env)
     return subprocess.run(command, **options)
 
@@ -251,20 +255,15 @@ def test_the_first_command_of_the_readme_prints_what_stands_there(clone):
 
 
 @pytest.fixture(scope="module")
-def outcomes(short_clone) -> dict[str, subprocess.CompletedProcess]:
-    """Every command with how it ended: those of a block one by one, of two blocks at a time."""
-
-    def run(block: list[str]) -> dict:
-        stdin = "What is a llama?\nWhy?\n/quit\n"
-        lines = [line for line in block if line in runnable()]
-        return {line: run_in(short_clone, "bash", "-c", line, stdin=stdin) for line in lines}
-
-    makes = [any("quantize.py" in line for line in block) for block in blocks()]
-    first = [block for block, makes_one in zip(blocks(), makes, strict=True) if makes_one]
-    rest = [block for block in blocks() if block not in first]
-    done = {line: ended for block in first for line, ended in run(block).items()}
-    with ThreadPoolExecutor(2) as pool:
-        return done | {line: end for ends in pool.map(run, rest) for line, end in ends.items()}
+def outcomes(short_clone, tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
+    """Every command with how it ended; those of a block that quantizes first."""
+    python, text = tmp_path_factory.mktemp("bin") / "python", "What is a llama?\nWhy?\n/quit\n"
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(commands_of(short_clone))} "$@"\n')
+    python.chmod(0o755)
+    ordered = sorted(blocks(), key=lambda block: not any("quantize.py" in line for line in block))
+    lines = [line for block in ordered for line in block if line in runnable()]
+    options = dict(stdin=text, bin=python.parent)
+    return {line: run_in(short_clone, "bash", "-c", line, **options) for line in lines}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import tp
 from checkpoint import load_state
 from cli import UserError
 from commands import python
-from conftest import CONFIG, ROOT, write_checkpoint
+from conftest import CONFIG, ROOT, selected, write_checkpoint
 from engine import load_model
 from families import from_config, read_config
 from model import Transformer
@@ -85,7 +85,7 @@ PAIR = ("--standalone", "--nproc_per_node=2")
 
 
 def environment(**variables) -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | variables
+    return os.environ | {"PYTHONUNBUFFERED": "1"} | variables
 
 
 def torchrun(*flags, new=(False, False)) -> tuple[str, ...]:
@@ -383,12 +383,13 @@ def strike(endless: Path, node: int, blow: signal.Signals) -> tuple[int, str, fl
         return other.returncode, err, time.monotonic() - began
 
 
-@pytest.fixture(scope="module")
-def struck(endless) -> dict[tuple, concurrent.futures.Future]:
-    """Every blow with what came of it: dealt together, as most of it is waiting."""
+@pytest.fixture(scope="module", autouse=True)
+def struck(request, endless) -> Iterator[dict[tuple, concurrent.futures.Future]]:
+    """Every blow with what comes of it: dealt while the other tests run, as most is waiting."""
     python()  # the threads are to find one server
+    blows = BLOWS if selected(request, "blow") else []
     with concurrent.futures.ThreadPoolExecutor(len(BLOWS)) as pool:
-        return {blow: pool.submit(strike, endless, *blow) for blow in BLOWS}
+        yield {blow: pool.submit(strike, endless, *blow) for blow in blows}
 
 
 @pytest.mark.parametrize("node, blow", BLOWS)
