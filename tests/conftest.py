@@ -2,11 +2,12 @@
 
 import functools
 import gc
+import itertools
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # Tests run side by side: one thread each, and threads that wait leave their core to others.
@@ -59,10 +60,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def rare(rows: list, most: int, name: Callable) -> list:
-    """Parameters for the indices of rows, of which all but every so many are slow."""
-    marks = [[] if i % most == 0 else [pytest.mark.slow] for i in range(len(rows))]
-    return [pytest.param(i, id=f"{i}-{name(row)}", marks=marks[i]) for i, row in enumerate(rows)]
+def seldom(values: Iterable, each: int, name: Callable = lambda *row: None) -> list:
+    """Parameters of which all but every so many are slow; `name` gives their ids."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    marks = itertools.cycle([[], *[[pytest.mark.slow]] * (each - 1)])
+    return [pytest.param(*row, id=name(*row), marks=next(marks)) for row in rows]
 
 
 def selected(request: pytest.FixtureRequest, name: str) -> list:

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from cli import UserError
 from commands import python
-from conftest import ROOT
+from conftest import ROOT, seldom
 from engine import load_model
 from families import from_config, read_config
 from scripts import convert_gguf, convert_hf_checkpoint
@@ -170,6 +170,7 @@ def test_every_tensor_arrives_at_its_place(name, kind, tmp_path):
     assert_logits(path, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_values_are_rounded_once(precision, tmp_path):
     model, dtype = random_hf(), getattr(torch, precision)
@@ -541,7 +542,7 @@ def test_a_gguf_gives_what_the_published_files_give(name, tmp_path):
 KINDS = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", seldom(KINDS, 3, lambda kind: kind.name))
 @pytest.mark.parametrize("name", ["llama tied", "qwen2"])
 def test_quantized_weights_become_floats_again(name, kind, tmp_path):
     family, options = MODELS[name]

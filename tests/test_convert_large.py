@@ -17,7 +17,7 @@ import cli
 import process
 import quantize
 from cli import UserError
-from conftest import ROOT
+from conftest import ROOT, seldom
 from engine import load_model
 from scripts import convert_gguf, convert_hf_checkpoint
 from test_convert import (
@@ -50,7 +50,7 @@ def quantized_afterwards(path: Path, mode: str, monkeypatch) -> Path:
     return path.with_name(MODES[mode])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", seldom(MODES, 3))
 @pytest.mark.parametrize(
     "name, source",
     [("llama biases", "sharded safetensors"), ("llama tied", "gguf"), ("qwen3", "bin")],

@@ -412,6 +412,7 @@ def test_nothing_recompiles_after_warm_up_and_the_text_is_the_same(mode, batch_s
             run_rows(compiled, [start * turn] * batch_size, n=5, start=40 * turn - 38)
 
 
+@pytest.mark.slow
 def test_compiled_functions_serve_every_layer_once():
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()

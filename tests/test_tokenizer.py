@@ -3,6 +3,7 @@
 import base64
 import functools
 import gc
+import itertools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import chat_template
 import tokenizer as module
 from cli import UserError
+from conftest import seldom
 from tokenizer import StreamDecoder, Tokenizer
 
 CORPUS = [
@@ -371,10 +373,11 @@ def test_eos_ids_are_those_of_every_file(folders, tmp_path):
 # ---- Chat ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "whole_words", "llama2_json", "metaspace_json"])
-@pytest.mark.parametrize(
-    "template", [CHATML, TRIMMED, TOJSON, chat_template.LLAMA2_CHAT, chat_template.LLAMA3_CHAT]
-)
+LIBRARY_KINDS = ["byte_level", "whole_words", "llama2_json", "metaspace_json"]
+TEMPLATES = [CHATML, TRIMMED, TOJSON, chat_template.LLAMA2_CHAT, chat_template.LLAMA3_CHAT]
+
+
+@pytest.mark.parametrize("kind, template", seldom(itertools.product(LIBRARY_KINDS, TEMPLATES), 4))
 def test_chat_is_that_of_transformers(folders, tmp_path, kind, template):
     library = tokenizers.Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
     write(tmp_path, "tokenizer.json", library.to_str())
