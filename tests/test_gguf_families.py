@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from cli import UserError
-from conftest import ROOT
+from conftest import ROOT, seldom
 from engine import load_model
 from families import read_config
 from linear import Int4Linear, Linear
@@ -111,7 +111,7 @@ def write(path: Path, model, family: str, change: dict | None = None) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", FILES)
+@pytest.mark.parametrize("family", seldom(FILES, 3))
 def test_a_gguf_file_gives_the_logits_of_transformers(family, tmp_path):
     model = published_model(family)
     file = write(tmp_path / "a.gguf", model, family)
@@ -153,7 +153,7 @@ FELT = [
 ]
 
 
-@pytest.mark.parametrize("family, key", FELT)
+@pytest.mark.parametrize("family, key", seldom(FELT, 3))
 def test_no_key_of_the_metadata_is_overlooked(family, key, tmp_path):
     change = {bool: lambda v: not v, int: lambda v: v - 1, float: lambda v: v * 4}
     value = FILES[family]["metadata"][key]

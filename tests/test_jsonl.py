@@ -305,6 +305,7 @@ def test_a_client_may_wait_write_first_read_late_and_end_within_a_line(checkpoin
     assert "not a JSON object" in records[-1]["error"]
 
 
+@pytest.mark.slow
 def test_a_client_that_dies_ends_the_process_quietly(checkpoint):
     # A Python of its own: how it ends while a thread still reads is what may go wrong.
     process = start((sys.executable,), checkpoint, "--quiet")

@@ -492,6 +492,7 @@ def test_other_families_run_on_the_same_operators(family, monkeypatch):
     assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])
 
 
+@pytest.mark.slow
 def test_a_compiled_block_calls_the_operator_of_a_mixture():
     config = OTHERS["qwen2_moe"][0] | {"model_type": "qwen2_moe", "tie_word_embeddings": False}
     model = quantized_model(config, ["int4"])

@@ -185,6 +185,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         load_model(path, "cpu")
 
 
+@pytest.mark.slow
 def test_tables_of_positions_are_exact_whatever_kernels_mkl_picks():
     # 9 is what threads may see on CPUs with AVX-512 while the first call of MKL's vector math is
     # still working out the CPU's type. It leads to kernels that are off by 1e-4.
