@@ -32,14 +32,8 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 LOADED = ("generate", "quantize", "eval", "speculate", "prefill_cache", "tp", "ranges", "gptq")
-LOADED += (
-    "kernels",
-    "mixture",
-    "jsonl",
-    "chat",
-    "torch.distributed.run",
-    "torch._inductor.compile_fx",
-)
+LOADED += ("kernels", "mixture", "jsonl", "chat")
+LOADED += ("torch.distributed.run", "torch._inductor.compile_fx")
 FRESH = "huggingface_hub"  # reads HF_ENDPOINT and others when it is imported
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -79,11 +73,9 @@ def python(root: Path = ROOT) -> tuple[str, ...]:
     listener.listen(64)
     command = [sys.executable, __file__, "serve", str(listener.fileno()), str(root)]
     env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # fewer to copy in forks
-    options = dict(pass_fds=[listener.fileno()], start_new_session=True, env=env)
-    server = subprocess.Popen(command, **options)
+    subprocess.Popen(command, pass_fds=[listener.fileno()], start_new_session=True, env=env)
     listener.close()
     atexit.register(folder.cleanup)
-    atexit.register(server.kill)
     return sys.executable, "-IS", __file__, address
 
 
