@@ -128,6 +128,6 @@ def add_model_flags(parser: Parser) -> Callable[..., argparse.Action]:
     add = add_checkpoint_flags(parser)
     about = "of activations and unquantized weights (default: bfloat16)"
     add("--precision", default="bfloat16", choices=PRECISIONS, help=about)
-    about = "positions in the KV cache (default: what the prompts need)"
+    about = "positions in the KV cache (default: 2048, or what prompts need; eval.py: the context)"
     add("--max_seq_length", type=bounded(int, 2), help=about)
     return add

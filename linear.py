@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cli import optional
 
-FEW_ROWS = 32  # rows of x: more tokens are never verified at once, and count as a prefill
+FEW_ROWS = 32  # of x: at most so many tokens are verified at once, more are a prefill
 TORCH_GROUPS = (32, 64, 128, 256)  # group sizes that PyTorch's own int4 operations take
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""Quantizes a bf16 checkpoint: it gets smaller and decodes that much faster.
+"""Quantizes a bf16 checkpoint to int8, int4, or a mix of both, layer by layer.
 
     python quantize.py --checkpoint_path checkpoints/…/model.pth --mode int4 --groupsize 32
 

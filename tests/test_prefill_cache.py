@@ -120,7 +120,7 @@ BOUNDS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1, "int8": 0.2, "int4":
 
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_another_chunking_changes_rounding_and_no_more(kind, tmp_path):
-    """The bound that the README states, in standard deviations of the logits."""
+    """The bound that docs/prefill_cache.md states, in standard deviations of the logits."""
     whole, parts = (Engine(make_model(kind, folder=tmp_path), None) for _ in range(2))
     parts.cache = PrefillCache(ROOM)
     remember(parts.cache, parts.model)
