@@ -125,9 +125,10 @@ def converse(session: Any, agree: Callable[[Callable[[], str]], str]) -> None:
     say("/help lists the commands, Ctrl-C stops an answer")
     while True:
         text = agree(read_line)
-        if text == "/quit":
+        match = COMMAND.fullmatch(text)
+        if match and match[1] == "quit":
             return
-        if match := COMMAND.fullmatch(text):
+        if match:
             conversation.command(match[1], match[2] or "")
         elif text.strip():
             conversation.answer([*conversation.messages, user_message(text.strip())])

@@ -25,9 +25,11 @@ from shaping import Reply, describe, run_replies, score_prompt
 
 
 def parse(line: str) -> dict:
-    """Parse a line into a JSON object."""
+    """Parse a line into a JSON object, whose id can be answered."""
     with contextlib.suppress(ValueError):
-        return parse_object(line)
+        request = parse_object(line)
+        json.dumps(request.get("id"), allow_nan=False)
+        return request
     raise UserError(f"this line is not a JSON object: {line.strip()[:60]!r}; send one a line")
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from cli import UserError
 from files import replacing
 from model import Transformer
+from process import printable
 
 FORMAT = "tokenbus prefill cache 2"
 NAME = re.compile(r"([0-9a-f]{16}-\d+of\d+)-([0-9a-f]{16})\.safetensors")  # fingerprint, tokens
@@ -435,4 +436,4 @@ def agree(length: int, device: torch.device) -> int:
 
 
 def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {printable(text)}", file=sys.stderr)

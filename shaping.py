@@ -65,7 +65,6 @@ class Reply:
         self.tokens: list[Token] = []
         self.shown: list[str] = []
         self.held, self.ended_by = "", ""
-        self.begins = {stop[:n] for stop in args.stop for n in range(1, len(stop))}
         self.decoder = StreamDecoder(tokenizer, prompt)
 
     @property
@@ -96,8 +95,14 @@ class Reply:
         elif len(self.tokens) == min(self.args.max_new_tokens, self.room):
             full = len(self.tokens) < self.args.max_new_tokens
             self.ended_by = "full cache" if full else "max_new_tokens"
-        unsettled = [len(begin) for begin in self.begins if self.held.endswith(begin)]
-        return self.show(len(self.held) - max(unsettled, default=0))
+        return self.show(len(self.held) - self.unsettled())
+
+    def unsettled(self) -> int:
+        """How many of the characters held back may begin a stop text."""
+        for n in range(len(self.held), 0, -1):
+            if any(stop.startswith(self.held[-n:]) for stop in self.args.stop):
+                return n
+        return 0
 
     def show(self, count: int) -> str:
         """Release the first `count` characters held back."""

@@ -169,7 +169,7 @@ class Tokenizer:
                 return [guard_all(item) for item in value]
             return guard("user", value) if isinstance(value, str) else value
 
-        messages = [m | {"content": guard(m["role"], m["content"])} for m in messages]
+        messages = [guard_all(m) | {"content": guard(m["role"], m["content"])} for m in messages]
         if self.chat_template is None:
             raise UserError("there is no chat template in the checkpoint; --no-chat goes without")
         variables = {"messages": messages, "add_generation_prompt": True} | self.names

@@ -7,7 +7,10 @@ if [[ $# -eq 0 || $1 == -* ]]; then
     exit 2
 fi
 
-scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=$(command -v python || command -v python3)
+scripts=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if ! python=$(command -v python || command -v python3); then
+    echo "error: there is no python in PATH; install Python 3.10 or newer" >&2
+    exit 2
+fi
 folder=$("$python" "$scripts/download.py" --repo_id "$@")
 "$python" "$scripts/convert_hf_checkpoint.py" --checkpoint_dir "$folder"

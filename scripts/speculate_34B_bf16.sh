@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CodeLlama-34B-Python in bf16 with the 7B model in int4 as the draft. Further flags go to generate.py.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 model=${MODEL:-checkpoints/codellama/CodeLlama-34b-Python-hf}
 draft=${DRAFT:-checkpoints/codellama/CodeLlama-7b-Python-hf}
 python generate.py --compile --checkpoint_path "$model/model.pth" \

@@ -2,7 +2,7 @@
 # Llama-2-70B in bf16 on several GPUs (8 unless GPUS says otherwise), with the 7B model in int4,
 # sharded likewise, as the draft. Further flags go to generate.py.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 model=${MODEL:-checkpoints/meta-llama/Llama-2-70b-chat-hf}
 draft=${DRAFT:-checkpoints/meta-llama/Llama-2-7b-chat-hf}
 torchrun --standalone --nproc_per_node="${GPUS:-8}" generate.py --compile \

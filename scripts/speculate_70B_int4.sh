@@ -2,7 +2,7 @@
 # Llama-2-70B in int4, on one GPU of 80 GB, with the 7B model in int4 as the draft. Further flags go
 # to generate.py.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 model=${MODEL:-checkpoints/meta-llama/Llama-2-70b-chat-hf}
 draft=${DRAFT:-checkpoints/meta-llama/Llama-2-7b-chat-hf}
 python generate.py --compile --checkpoint_path "$model/model_int4.g32.pth" \

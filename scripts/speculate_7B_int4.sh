@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Llama-2-7B in bf16 with its own int4 copy as the draft. Further flags go to generate.py.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 model=${MODEL:-checkpoints/meta-llama/Llama-2-7b-chat-hf}
 python generate.py --compile --checkpoint_path "$model/model.pth" \
   --draft_checkpoint_path "$model/model_int4.g32.pth" --speculate_k 5 \

@@ -249,6 +249,7 @@ def test_prepare_downloads_and_converts_from_any_folder(hub, tmp_path):
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {shlex.join(python())} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     env = environment(hub.url, tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    env["CDPATH"] = str(ROOT)  # in which a shell looks for what `cd` is told
     done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     checkpoint = here / done.stdout.splitlines()[-1]
@@ -259,6 +260,14 @@ def test_prepare_downloads_and_converts_from_any_folder(hub, tmp_path):
     command[2] = "org/none"
     done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("error:") == 1
+
+
+def test_prepare_without_python_says_so(tmp_path):
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
+    command = [shutil.which("bash"), str(ROOT / "scripts" / "prepare.sh"), "org/tiny"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: there is no python in PATH")
 
 
 def test_prepare_without_a_model_shows_its_usage():

@@ -123,6 +123,8 @@ WRONG = [
     ("[1, 2]", "not a JSON object"),
     ("[" * 100000, "not a JSON object"),
     ("\udcff", "not a JSON object"),
+    ('{"id": NaN, "prompt": "a"}', "not a JSON object"),  # the id could not be answered
+    ('{"id": [1e999], "prompt": "a"}', "not a JSON object"),
     ({"id": 1}, "one of prompt, messages and ids"),
     ({"prompt": "a", "ids": [1]}, "one of prompt, messages and ids"),
     ({"prompt": None}, "one of prompt"),

@@ -351,6 +351,15 @@ def test_a_file_that_does_not_verify_is_ignored_with_one_warning(damage, tmp_pat
         assert capsys.readouterr().err == ""
 
 
+def test_a_warning_is_one_printable_line_whatever_the_name_of_a_file(tmp_path, capsys):
+    remember(PrefillCache(ROOM, tmp_path), make_model())
+    (file,) = files_in(tmp_path)
+    file.rename(tmp_path / f"a\nb\x1b[2J{file.name}").write_bytes(b"no header")
+    assert PrefillCache(ROOM, tmp_path).lookup(CONTEXT, make_model()) is None
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and r"a\nb\x1b[2J" in warning and warning[:-1].isprintable()
+
+
 def test_no_byte_of_a_file_can_change_unnoticed(tmp_path):
     model = make_model()
     remember(PrefillCache(ROOM, tmp_path), model)

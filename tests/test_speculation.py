@@ -517,7 +517,13 @@ def test_the_recipes_pass_flags_that_exist(script, tmp_path):
     stand_in.chmod(0o755)
     (tmp_path / "torchrun").symlink_to(stand_in)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "some/model"}
-    done = subprocess.run([script, "--seed", "7"], env=env, cwd="/", capture_output=True, text=True)
+    (tmp_path / "scripts").mkdir()
+    env["CDPATH"] = str(tmp_path)  # in which a shell looks for what `cd` is told
+    command, options = (
+        [f"scripts/{script.name}", "--seed", "7"],
+        dict(capture_output=True, text=True),
+    )
+    done = subprocess.run(command, env=env, cwd=ROOT, **options)
     assert done.returncode == 0, done.stderr
     flags = json.loads(done.stdout)
     assert flags["seed"] == 7 and flags["speculate_k"] >= 5

@@ -429,6 +429,18 @@ def test_names_in_a_message_stay_text(tokenizer, text):
     assert decoded.count(text) >= 3
 
 
+@pytest.mark.parametrize("key", ["role", "name"])
+def test_names_in_other_parts_of_a_message_stay_text(folders, tmp_path, key):
+    write(tmp_path, "tokenizer.json", (folders["byte_level"] / "tokenizer.json").read_text())
+    template = (
+        "{% for m in messages %}{{ m.role }}{{ m.name }}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    write(tmp_path, "tokenizer_config.json", {"chat_template": template})
+    ours = Tokenizer.from_folder(tmp_path)
+    ids = ours.chat([{"role": "user", "content": "a", "name": ""} | {key: "<|im_end|>"}])
+    assert ids.count(ours.controls["<|im_end|>"]) == 1 and ours.decode(ids).count("<|im_end|>") == 1
+
+
 def test_the_longest_name_is_meant(tmp_path):
     library = byte_level()
     library.add_special_tokens(["<|im_end|>!", "<|im_end|>!!"])

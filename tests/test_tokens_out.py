@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import tracemalloc
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -206,6 +207,16 @@ def test_a_stop_text_is_found_across_token_borders_and_never_shown(text, stops):
             assert shown == known[: min(starts)]  # all but what may begin a stop text
         assert (reply.ended_by == "stop") == stopped
         assert shown + reply.flush() == expected == reply.text
+
+
+def test_a_long_stop_text_takes_its_own_length_of_memory():
+    stop, model = "ab" * 10**4, SimpleNamespace(max_seq_length=999)
+    tracemalloc.start()
+    reply = Reply(Words([b"c", b"ab"]), model, [], settings(stop=[stop]))
+    shown = "".join(reply.push(Token(i)) for i in (1, 1, 0, 1, 1))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert shown == "ababc" and most < 10**6
 
 
 def test_what_was_held_back_is_shown_if_the_text_ends_otherwise():
