@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import stat
+import struct
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
@@ -203,6 +204,12 @@ def content(name: str, data: bytes | str, needle: str, command: list[str] = GENE
     """Another content of a file."""
     data = data.encode() if isinstance(data, str) else data
     return needle, lambda f: (f / name).write_bytes(data), command
+
+
+def endless_array(count: int) -> bytes:
+    """A GGUF file of one key, an array of more bytes than the file has."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x"
+    return head + struct.pack("<IIQ", 9, 0, count)
 
 
 def gone(path: Path) -> None:
@@ -668,6 +675,34 @@ ROWS = [
     # Published weights
     published("lacks lm_head.weight", lambda s: {k: s[k] for k in s if k != "lm_head.weight"}),
     published("lacks", lambda s: {}),
+    *(
+        published(f"{first} and {second} of one file", lambda s, more=more: s | more)
+        for first, second, more in (
+            (
+                "language_model.model.norm.weight",
+                "model.norm.weight",
+                {"language_model.model.norm.weight": ONES.clone()},
+            ),
+            (
+                "model.language_model.norm.weight",
+                "model.norm.weight",
+                {"model.language_model.norm.weight": ONES.clone()},
+            ),
+            (
+                "layers.0.mlp.gate_proj.weight",
+                "model.layers.0.mlp.gate_up_proj.weight",
+                {"model.layers.0.mlp.gate_up_proj.weight": torch.ones(192, 48)},
+            ),
+            (
+                "experts.0.down_proj.weight",
+                "model.layers.0.mlp.experts.down_proj",
+                {
+                    "model.layers.0.mlp.experts.down_proj": torch.ones(2, 48, 8),
+                    "model.layers.0.mlp.experts.0.down_proj.weight": torch.ones(48, 8),
+                },
+            ),
+        )
+    ),
     published("also holds more", lambda s: s | {"more": torch.ones(1)}),
     *(
         published("lm_head.weight is", lambda s, value=value: s | {"lm_head.weight": value})
@@ -758,6 +793,10 @@ ROWS = [
             b"GGUF\x09\0\0\0" + b"\0" * 99,
             b"PK\3\4" * 100,
         )
+    ),
+    *(
+        content("model.gguf", endless_array(count), "it ends after 49 bytes", GGUF)
+        for count in (2**20, 2**32, 2**62)
     ),
     content("model.gguf", b"GGUF\3\0\0\0" + b"\0" * 16, "lacks general.architecture", GGUF),
     *(
@@ -866,6 +905,11 @@ ROWS = [
         for value in (None, np.ones((), "f"), np.ones(300, "f"), np.ones((300, 0), "f"))
     ),
     meta("more.weight", {}, {"more.weight": np.ones(3, "f")}),
+    meta(
+        "blk.0.ffn_gate_inp.bias and blk.0.exp_probs_b.bias are both",
+        {},
+        {f"blk.0.{name}.bias": np.ones(4, "f") for name in ("ffn_gate_inp", "exp_probs_b")},
+    ),
     *(
         meta("rope_freqs", {}, {"rope_freqs.weight": value})
         for value in (
