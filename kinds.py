@@ -292,7 +292,7 @@ def glm_mixture(config: Keys) -> dict:
     width = config.count("moe_intermediate_size")
     return mixture_of(
         config,
-        shared=width * config.count("n_shared_experts", default=1),
+        shared=width * config.count("n_shared_experts", MAX_SIZE // width, 1),
         score="sigmoid",
         renormalize=config.flag("norm_topk_prob", True),
         factor=config.number("routed_scaling_factor", 1.0),

@@ -165,12 +165,13 @@ def template(needle: str, text: str, *flags: str) -> Row:
     return needle, lambda f: (f / "chat_template.jinja").write_text(text), [*CHAT, *flags]
 
 
-def state(needle: str, change: Callable[[dict], dict]) -> Row:
-    """A change of the state dict."""
+def state(needle: str, change: Callable[[dict], dict], **values) -> Row:
+    """A change of the state dict, and of config.json."""
 
     def spoil(folder: Path):
         whole = torch.load(folder / "model.pth")
         torch.save(change(whole), folder / "model.pth")
+        edit_json(folder / "config.json", values)
 
     return needle, spoil, GENERATE
 
@@ -287,6 +288,23 @@ def resized(vocab_size: int, needle: str) -> Row:
 def int4(weight: torch.Tensor) -> dict:
     """The output matrix in int4, but for its grid."""
     return {"output.weight": torch.zeros(len(weight), weight.shape[1] // 2, dtype=torch.uint8)}
+
+
+def odd_int4(state: dict) -> dict:
+    """A w2 of 97 columns in int4, as if of 96, and the w1 and w3 that go with it."""
+    ffn = "layers.0.feed_forward."
+    state |= {ffn + f"{name}.weight": torch.ones(97, 48) for name in ("w1", "w3")}
+    codes, grid = torch.zeros(48, 48, dtype=torch.uint8), torch.ones(1, 48, 2)
+    return state | {ffn + "w2.weight": codes, ffn + "w2.scales_and_zeros": grid}
+
+
+def split(state: dict, **other: Callable) -> dict:
+    """wq, wk and wv for themselves, as in Meta's files, but for what is done to the `other`."""
+    parts = state.pop("layers.0.attention.wqkv.weight").split([48, 16, 16])
+    for name, part in zip(("wq", "wk", "wv"), parts, strict=True):
+        part = other.get(name, torch.clone)(part)
+        state[f"layers.0.attention.{name}.weight"] = part
+    return state
 
 
 def flags(needle: str, *more: str, base: list[str] = GENERATE) -> Row:
@@ -432,6 +450,14 @@ ROWS = [
     config("num_local_experts is 8", num_local_experts=8),
     config("num_experts is '4'", model_type="qwen3_moe", **EXPERTS | {"num_experts": "4"}),
     config("mlp_only_layers is [[0]]", model_type="qwen3_moe", **EXPERTS, mlp_only_layers=[[0]]),
+    config(
+        "n_shared_experts is 16777216",
+        model_type="glm4_moe",
+        hidden_size=2**24,
+        head_dim=8,
+        n_shared_experts=2**24,
+        **EXPERTS | {"moe_intermediate_size": 2**24},
+    ),
     config("first_k_dense_replace", model_type="glm4_moe", **EXPERTS, first_k_dense_replace=2**24),
     config(
         "num_experts_per_tok is 5", model_type="qwen3_moe", **EXPERTS | {"num_experts_per_tok": 5}
@@ -485,7 +511,23 @@ ROWS = [
             torch.ones(48, 1),
             torch.ones(49),
             QUANTIZED,
+            ONES.to(torch.float8_e4m3fn),
+            ONES.to(torch.uint8).view(torch.float4_e2m1fn_x2),
         )
+    ),
+    state("w2.weight is uint8 [48, 48], not float [48, 97]", odd_int4, intermediate_size=97),
+    *(
+        state(f"wq.weight is {needle}", lambda s, change=change: split(s, wq=change))
+        for needle, change in (
+            ("bool [48, 48]", lambda wq: wq > 0),
+            ("float8_e4m3fn [48, 48]", lambda wq: wq.to(torch.float8_e4m3fn)),
+            ("float [24, 48]", lambda wq: wq[:24].clone()),
+            ("float []", lambda wq: torch.ones(())),
+        )
+    ),
+    state(
+        "wk.weight is float [8589934592, 48]",
+        lambda s: split(s, wk=lambda wk: torch.ones(1, 1).expand(2**33, 48)),
     ),
     state("NaN", lambda s: s | {"norm.weight": torch.full((48,), float("nan"))}),
     *(
