@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -421,7 +422,9 @@ def open_file(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Te
             with safe_open(file, framework="pt") as shard:
                 yield {n: shard.get_slice(n).get_shape() for n in shard.keys()}, shard.get_tensor
         else:
-            shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about kinds of tensors that are refused below
+                shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             values = shard.values() if isinstance(shard, dict) else [None]
             if not all(isinstance(value, Tensor) for value in values):
                 raise UserError(f"{file} is no state dict of tensors alone; download it again")

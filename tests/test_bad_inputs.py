@@ -431,6 +431,14 @@ ROWS = [
     config("rope_scaling.factor is '2'", rope_scaling={"rope_type": "linear", "factor": "2"}),
     config("rope_scaling.factor is 0", rope_scaling={"rope_type": "linear", "factor": 0}),
     config("low_freq_factor", rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+    config("max_position_embeddings is 1, not a count from 2", max_position_embeddings=1),
+    *(
+        config(
+            f"original_max_position_embeddings is {length}, fewer than two",
+            rope_scaling={"rope_type": kind, "original_max_position_embeddings": length},
+        )
+        for kind, length in (("yarn", 1e-12), ("longrope", 0.5))
+    ),
     config("short_factor", rope_scaling={"rope_type": "longrope", "short_factor": [1.0]}),
     config("beta_fast is 'x'", rope_scaling={"rope_type": "yarn", "factor": 2, "beta_fast": "x"}),
     config("partial_rotary_factor is 0.5", partial_rotary_factor=0.5),
@@ -800,6 +808,7 @@ ROWS = [
         )
     ),
     pickled({1: ONES}, "lacks lm_head.weight"),
+    pickled({"lm_head.weight": QUANTIZED}, "lacks model.embed_tokens.weight"),
     *(
         index("weight_map", {"weight_map": value})
         for value in (
