@@ -71,13 +71,26 @@ def start() -> subprocess.Popen:
 @functools.cache
 def compiled(source: str):
     """A template, compiled in the Jinja environment of Hugging Face's transformers."""
+    import jinja2.ext
     import jinja2.sandbox
 
     def fail(message: str):
         raise jinja2.TemplateError(message)
 
+    class Generation(jinja2.ext.Extension):
+        """A block that marks, for training, what the model wrote: here it is its body."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
     sandbox.globals |= {"raise_exception": fail, "strftime_now": time.strftime}
     sandbox.filters["tojson"] = lambda x, **k: json.dumps(x, **({"ensure_ascii": False} | k))

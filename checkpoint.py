@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,19 @@ def upload(state: dict[str, Tensor], device: torch.device, stage: int = 64 << 20
 ADVICE = "is it of another model than config.json describes? Convert it again"
 
 
-def join_qkv(state: dict[str, Tensor], n_layer: int, dim: int) -> None:
-    """Make one matrix of the separate wq, wk and wv of Meta's own files."""
-    for i in range(n_layer):
-        prefix = f"layers.{i}.attention."
-        parts = [prefix + f"{name}.weight" for name in ("wq", "wk", "wv")]
-        if all(part in state and state[part].shape[1:] == (dim,) for part in parts):
-            state[prefix + "wqkv.weight"] = torch.cat([state.pop(part) for part in parts])
+def join_qkv(path: Path, state: dict[str, Tensor], layers: Iterable) -> None:
+    """Make one matrix of the separate wq, wk and wv of Meta's own files, as `layers` have it."""
+    for i, attention in enumerate(layer.attention for layer in layers):
+        prefix, sizes = (
+            f"layers.{i}.attention.",
+            [n * attention.kind.head_dim for n in attention.heads],
+        )
+        names = [prefix + f"{name}.weight" for name in ("wq", "wk", "wv")]
+        expected = dict(zip(names, attention.wqkv.weight.split(sizes), strict=True))
+        if expected.keys() <= state.keys():
+            parts = {name: state.pop(name) for name in names}
+            check_state(path, parts, expected)
+            state[prefix + "wqkv.weight"] = torch.cat([*parts.values()])
 
 
 def check_layers(path: Path, state: dict[str, Tensor], expected: int) -> None:
@@ -173,7 +180,8 @@ def check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor
     """Raise a `UserError` that names the first tensor that does not fit the model, and how."""
 
     def kind(tensor: Tensor) -> str:
-        dtype = "float" if tensor.is_floating_point() else str(tensor.dtype)
+        plain = tensor.is_floating_point() and tensor.itemsize > 1  # fp8 and fp4 have scales beside
+        dtype = "float" if plain else str(tensor.dtype)
         return f"{dtype.removeprefix('torch.')} {list(tensor.shape)}"
 
     for name, tensor in expected.items():

@@ -9,6 +9,7 @@ off by 1e-6, more than a wrong norm eps costs.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from argparse import Namespace
@@ -69,13 +70,23 @@ class Ours:
         return [token.id for (token,) in steps]
 
 
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Turn exceptions of transformers into UserErrors: they share no base class."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        what = f"transformers cannot run the folder {path} ({reason})"
+        raise UserError(f"{what}; name one as published, or a model.pth") from None
+
+
 class HuggingFace:
     """A published folder, run by transformers."""
 
     def __init__(self, path: Path, device: torch.device, precision: str):
         try:
             import transformers
-            from safetensors import SafetensorError
         except ImportError:
             what = f"--against {path} is a folder, which needs the package transformers"
             raise UserError(f"{what}; pip install transformers, or name a file in it") from None
@@ -84,21 +95,17 @@ class HuggingFace:
         options |= {"trust_remote_code": False, "output_loading_info": True}
         from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
         transformers.logging.set_verbosity_error()  # errors are reported below
-        try:
+        with explaining(path):
             model, info = from_pretrained(path, **options)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            what = f"transformers cannot read the folder {path} ({reason})"
-            raise UserError(f"{what}; name one as published, or a model.pth") from None
+            config = model.config.get_text_config()
+            self.vocab_size = config.vocab_size
+            self.context = getattr(config, "max_position_embeddings", None) or 2**24
         missing = sorted(info["missing_keys"])
         if missing:  # transformers fills them with random numbers
             raise UserError(f"{path} lacks the tensor {missing[0]}; fetch the folder again")
         self.model, self.cache = model.to(device).requires_grad_(False), None
         known = inspect.signature(model.forward).parameters  # `cache` in newer versions
         self.cache_name = "cache" if "cache" in known else "past_key_values"
-        config = model.config.get_text_config()
-        self.vocab_size = config.vocab_size
-        self.context = getattr(config, "max_position_embeddings", None) or 2**24
 
     def reserve(self, length: int) -> None:
         """Does nothing: the cache of transformers grows."""
@@ -107,9 +114,10 @@ class HuggingFace:
         """Logits `[keep, V]` after the last `keep` of `ids`, tokens from position `begin` on."""
         idx = torch.tensor([ids], device=self.model.device)
         self.cache = self.cache if begin else None
-        output = self.model(idx, use_cache=True, **{self.cache_name: self.cache})
-        self.cache = getattr(output, self.cache_name)
-        return output.logits[0, -keep:]
+        with explaining(self.path):
+            output = self.model(idx, use_cache=True, **{self.cache_name: self.cache})
+            self.cache = getattr(output, self.cache_name)
+            return output.logits[0, -keep:]
 
     def continuation(self, prompt: list[int], count: int, ends: set[int], size: int) -> list[int]:
         """Up to `count` greedy tokens after the prompt, from the first `size` ids."""

@@ -35,6 +35,7 @@ from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, allocate_cache, 
 from files import check_outputs, output_file, read_text, replacing
 from model import Transformer
 from process import run
+from settings import Settings
 from tokenizer import StreamDecoder, Tokenizer
 
 try:
@@ -88,6 +89,27 @@ def batches(items: list, size: int, title: str) -> Iterator[list]:
         yield items[begin : begin + size]
 
 
+def generation_settings(kwargs: dict) -> dict:
+    """`sampling`, `until` and `max_gen_toks` of a task's `generation_kwargs`.
+
+    UserError if a value is out of the bounds that the flag of its name has.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    settings, default = normalize_gen_kwargs(kwargs), vars(Sampling(temperature=0.0, top_k=0))
+    given = {name: settings[name] for name in default if settings.get(name) is not None}
+    stops = [stop for stop in settings["until"] if stop]
+    try:
+        if odd := [stop for stop in stops if not isinstance(stop, str)]:
+            raise UserError(f"until: {odd[0]!r:.60} is not a text")
+        flags = [f"--{name}={value}" for name, value in given.items()]
+        found = Settings().parse_args(flags, Namespace(**default))
+    except UserError as error:
+        raise UserError(f"generation_kwargs of a task: {error}; change its YAML") from None
+    sampling = Sampling(**{name: getattr(found, name) for name in default})
+    return {"sampling": sampling, "until": stops, "max_gen_toks": settings["max_gen_toks"]}
+
+
 # ------------------------------------------------------------------------------------------------
 # The model that lm-eval calls
 
@@ -124,6 +146,8 @@ class Evaluator(TemplateLM):
         return self.eot_token_id if bos_id is None else bos_id
 
     def tok_encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
+        if not isinstance(text, str):
+            raise UserError(f"a text of a task is {text!r:.60}; change its YAML or its data")
         return self.tokenizer.encode(text, bos=add_special_tokens is not False)
 
     def reserve(self, requests: int, length: int) -> int:
@@ -242,17 +266,11 @@ class Evaluator(TemplateLM):
 
     def generate_until(self, requests: list) -> list[str]:
         """Generate after each context, batched by equal settings, longest first."""
-        from lm_eval.models.utils import normalize_gen_kwargs
-
         groups, texts = collections.defaultdict(list), {}
         for i, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        for key, group in groups.items():
-            settings = normalize_gen_kwargs(json.loads(key))
-            for name in ("temperature", "top_k", "top_p", "min_p"):
-                if not isinstance(settings.get(name, 0), int | float):
-                    what = f"{name} of a task is {settings[name]!r}"
-                    raise UserError(f"{what}, which should be a number; change its YAML")
+            groups[repr(request.args[1])].append(i)
+        for group in groups.values():
+            settings = generation_settings(requests[group[0]].args[1])
             room = self.max_length - settings["max_gen_toks"]
             if not 0 < room < self.max_length:
                 raise UserError(
@@ -272,10 +290,8 @@ class Evaluator(TemplateLM):
 
     def complete(self, prompts: list[list[int]], settings: dict, seeds: list[int]) -> list[str]:
         """The text after each prompt until a stop string, an EOS token or `max_gen_toks` tokens."""
-        stops = [stop for stop in settings["until"] if stop]
+        stops = settings["until"]
         ends = self.tokenizer.eos_ids | {self.tokenizer.controls.get(stop) for stop in stops}
-        filters = {name: settings[name] for name in ("top_p", "min_p") if name in settings}
-        sampling = Sampling(settings.get("temperature", 0.0), settings.get("top_k", 0), **filters)
         streams, texts = [StreamDecoder(self.tokenizer) for _ in prompts], [""] * len(prompts)
 
         def until(row: int, token: int) -> bool:
@@ -285,7 +301,8 @@ class Evaluator(TemplateLM):
         padding = self.rows - len(prompts)
         options = dict(until=until, seeds=[*seeds, *[0] * padding])
         prompts = prompts + [[]] * padding
-        for _ in generate(self.engine, prompts, sampling, settings["max_gen_toks"], **options):
+        size, sampling = settings["max_gen_toks"], settings["sampling"]
+        for _ in generate(self.engine, prompts, sampling, size, **options):
             pass
         for i, stream in enumerate(streams):
             texts[i] += stream.flush()

@@ -83,7 +83,11 @@ def head_sizes(config: Keys) -> tuple[int, int, int]:
 def original_length(config: Keys, rope: Keys) -> float:
     """The context length before RoPE scaling, which the scalings refer to."""
     key, default = "original_max_position_embeddings", config.count("max_position_embeddings")
-    return (config if config.has(key) else rope).number(key, default)
+    keys = config if config.has(key) else rope
+    length = keys.number(key, default)
+    if length < 2:
+        raise keys.refusal(key, "fewer than two positions")
+    return length
 
 
 def scaling_factor(config: Keys, rope: Keys) -> float:
@@ -135,8 +139,7 @@ def longrope_scaling(freqs: Tensor, rope: Keys, config: Keys) -> tuple[Tensor, f
     Longer text needs other frequencies, even for keys that are already cached.
     """
     factor = scaling_factor(config, rope)
-    original = max(original_length(config, rope), 2)
-    scale = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    scale = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original_length(config, rope)))
     divisors = rope.entries("short_factor", len(freqs), "positive numbers", is_number)
     return freqs / torch.tensor(divisors, device="cpu"), rope.number("attention_factor", scale)
 
@@ -173,7 +176,8 @@ def scaling_of(rope: Keys) -> str:
 
 def context_length(config: Keys, local: bool) -> int:
     """The context length: YaRN extends it, LongRoPE is limited to the original context."""
-    length, rope = config.count("max_position_embeddings"), rope_section(config, False, local)
+    length = config.count("max_position_embeddings", least=2)
+    rope = rope_section(config, False, local)
     scaling = scaling_of(rope)
     if scaling == "yarn":
         extended = original_length(config, rope) * scaling_factor(config, rope)
@@ -292,7 +296,7 @@ def glm_mixture(config: Keys) -> dict:
     width = config.count("moe_intermediate_size")
     return mixture_of(
         config,
-        shared=width * config.count("n_shared_experts", default=1),
+        shared=width * config.count("n_shared_experts", MAX_SIZE // width, 1),
         score="sigmoid",
         renormalize=config.flag("norm_topk_prob", True),
         factor=config.number("routed_scaling_factor", 1.0),

@@ -192,6 +192,8 @@ def linear_for(linear: Linear, tensors: dict[str, Tensor]) -> Linear:
     """The Linear, on the same device and of the same shape, that takes these stored tensors."""
     options = dict(bias=linear.bias is not None, experts=linear.experts)
     scheme = next((scheme for name, scheme in SCHEMES.items() if name in tensors), None)
+    if scheme is Int4Linear and linear.in_features % 2:  # codes are in pairs
+        return linear  # which they do not fit
     if scheme is Int4Linear:
         groups = (*tensors["scales_and_zeros"].shape[-3:], 0)[0]
         options["groups"] = groups if groups and linear.in_features % groups == 0 else 1

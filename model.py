@@ -464,7 +464,7 @@ class Transformer(nn.Module):
             state["output.weight"] = state.get("tok_embeddings.weight")
         if shard:
             model = shard.slice_state(model, state, path)
-        join_qkv(state, args.n_layer, args.dim)
+        join_qkv(path, state, model.layers)
         linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
         for name in linears:
             found = {

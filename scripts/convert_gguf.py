@@ -79,12 +79,21 @@ PUBLISHED = {name: key for key, name in NUMBERS.items()} | {
 # Reading the file
 
 
+class Reader(GGUFReader):
+    """A GGUFReader that ends with the file: its own takes what lies beyond for empty arrays."""
+
+    def _get(self, offset: int, dtype: type, count: int = 1, **order) -> np.ndarray:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"it ends after {len(self.data)} bytes")
+        return super()._get(offset, dtype, count, **order)
+
+
 def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
     """Read everything but the weights; `UserError` unless the file is a complete GGUF file."""
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}; pass a .gguf file to --gguf")
     try:
-        reader = GGUFReader(path)
+        reader = Reader(path)
         meta = Metadata(path, reader)
     except Exception as error:  # corrupt lengths and types can raise anything
         raise UserError(
@@ -325,7 +334,7 @@ def convert(
         raise UserError(f"{gguf_path}{text}") from None
     table = parts(args, GGUF_NAMES | ARCHITECTURES[name].names, not ARCHITECTURES[name].interleaved)
     blocks = meta.count(f"{name}.block_count")
-    shapes = text_shapes(name, reader, range(args.n_layer, blocks))
+    shapes = text_shapes(meta, reader, range(args.n_layer, blocks))
     check_tensors(gguf_path, shapes, table)
     files = {"config.json": config} | tokenizer_files(meta)
     tensors = read_tensors(gguf_path, reader, dtype, name, table)

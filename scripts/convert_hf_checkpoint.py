@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -348,31 +349,40 @@ def find_shards(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no *.safetensors and no pytorch_model*.bin; download it again")
 
 
+Source = tuple[tuple[int, ...], Callable[[], Tensor], str]  # shape, how to read it, published name
+
+
+def add(found: dict[str, Source], name: str, *source) -> None:
+    """Add a tensor of a file; UserError if another one of it is the same part of the model."""
+    if name in found:
+        raise UserError(f"{found[name][-1]} and {source[-1]} of one file are both {name}; {AGAIN}")
+    found[name] = source
+
+
 def text_model(shapes: dict, get_tensor: Callable) -> tuple[dict[str, tuple], Callable]:
     """Shapes and tensors by the names that they have in a text-only checkpoint.
 
     Checkpoints with a vision tower keep the text model under `language_model`. Phi and GLM fuse
     gate and up in one tensor, here its two halves.
     """
-    found: dict[str, tuple] = {}
-    sources: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, Source] = {}
     for source, shape in shapes.items():
         name = re.sub(r"^model\.language_model\.", "model.", source)
         name = name.removeprefix("language_model.")
         name = name.replace(".gate.e_score_correction_bias", ".gate.bias")
         name = name.replace(".shared_experts.", ".shared_expert.")
-        found[name], sources[name] = tuple(shape), functools.partial(get_tensor, source)
+        add(found, name, tuple(shape), functools.partial(get_tensor, source), source)
     for name in [name for name in found if ".gate_up_proj." in name]:
-        if not found[name] or found[name][0] % 2:
+        shape, whole, source = found[name]
+        if not shape or shape[0] % 2:
             continue  # cannot be halved
-        (rows, *columns), whole = found.pop(name), sources.pop(name)
+        del found[name]
         for i, half in enumerate(("gate_proj", "up_proj")):
-            part = name.replace("gate_up_proj", half)
-            found[part] = (rows // 2, *columns)
-            sources[part] = lambda whole=whole, i=i: whole().chunk(2)[i]
+            part, rows = name.replace("gate_up_proj", half), (shape[0] // 2, *shape[1:])
+            add(found, part, rows, lambda whole=whole, i=i: whole().chunk(2)[i], source)
     for name in [name for name in found if STACKED.search(name)]:
-        split_experts(name, found, sources)
-    return found, lambda name: sources[name]()
+        split_experts(name, found)
+    return {name: shape for name, (shape, *_) in found.items()}, lambda name: found[name][1]()
 
 
 # A stack of all experts `[experts, out, in]`, gate and up fused, as in transformers and as Granite
@@ -382,18 +392,24 @@ STACKED = re.compile(
 )
 
 
-def split_experts(name: str, found: dict[str, tuple], sources: dict[str, Callable]) -> None:
+def split_experts(name: str, found: dict[str, Source]) -> None:
     """Replace a stack of experts by the tensors of each expert."""
-    if len(found[name]) != 3 or found[name][0] > MAX_EXPERTS:
+    shape, whole, source = found[name]
+    if len(shape) != 3 or shape[0] > MAX_EXPERTS:
         return
-    (experts, rows, columns), whole = found.pop(name), sources.pop(name)
+    del found[name]
+    experts, rows, columns = shape
     prefix = STACKED.sub("", name)
     prefix += "mlp" if prefix.endswith(".") else ""
     halves = ("down_proj",) if "down" in name or "output" in name else ("gate_proj", "up_proj")
     for expert, (i, half) in itertools.product(range(experts), enumerate(halves)):
-        part = f"{prefix}.experts.{expert}.{half}.weight"
-        found[part] = (rows // len(halves), columns)
-        sources[part] = lambda expert=expert, i=i: whole()[expert].chunk(len(halves))[i]
+        add(
+            found,
+            f"{prefix}.experts.{expert}.{half}.weight",
+            (rows // len(halves), columns),
+            lambda expert=expert, i=i: whole()[expert].chunk(len(halves))[i],
+            source,
+        )
 
 
 @contextlib.contextmanager
@@ -406,7 +422,9 @@ def open_file(file: Path) -> Iterator[tuple[dict[str, tuple], Callable[[str], Te
             with safe_open(file, framework="pt") as shard:
                 yield {n: shard.get_slice(n).get_shape() for n in shard.keys()}, shard.get_tensor
         else:
-            shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about kinds of tensors that are refused below
+                shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             values = shard.values() if isinstance(shard, dict) else [None]
             if not all(isinstance(value, Tensor) for value in values):
                 raise UserError(f"{file} is no state dict of tensors alone; download it again")

@@ -210,14 +210,17 @@ def shape_of(tensor: ReaderTensor, place: int | slice = slice(None)) -> tuple[in
     return (*rest,) if isinstance(place, int) else (len(range(first)[place]), *rest)
 
 
-def text_shapes(arch: str, reader: GGUFReader, drafts: range) -> dict[str, tuple[int, ...]]:
+def text_shapes(meta: Metadata, reader: GGUFReader, drafts: range) -> dict[str, tuple[int, ...]]:
     """The shapes of the pieces of all tensors, except rotary factors and draft layers."""
-    shapes = {}
+    arch, shapes, holders = meta.text("general.architecture"), {}, {}
     for tensor in reader.tensors:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)
         if not tensor.name.startswith("rope_") and (not layer or int(layer[1]) not in drafts):
-            found = pieces(arch, tensor)
-            shapes |= {name: shape_of(tensor, place) for name, place in found.items()}
+            for name, place in pieces(arch, tensor).items():
+                if name in holders:
+                    both = f"{holders[name]} and {tensor.name} are both {name}"
+                    raise UserError(f"{meta.where}: {both}; {AGAIN}")
+                shapes[name], holders[name] = shape_of(tensor, place), tensor.name
     return shapes
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import stat
+import struct
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
@@ -164,12 +165,13 @@ def template(needle: str, text: str, *flags: str) -> Row:
     return needle, lambda f: (f / "chat_template.jinja").write_text(text), [*CHAT, *flags]
 
 
-def state(needle: str, change: Callable[[dict], dict]) -> Row:
-    """A change of the state dict."""
+def state(needle: str, change: Callable[[dict], dict], **values) -> Row:
+    """A change of the state dict, and of config.json."""
 
     def spoil(folder: Path):
         whole = torch.load(folder / "model.pth")
         torch.save(change(whole), folder / "model.pth")
+        edit_json(folder / "config.json", values)
 
     return needle, spoil, GENERATE
 
@@ -203,6 +205,12 @@ def content(name: str, data: bytes | str, needle: str, command: list[str] = GENE
     """Another content of a file."""
     data = data.encode() if isinstance(data, str) else data
     return needle, lambda f: (f / name).write_bytes(data), command
+
+
+def endless_array(count: int) -> bytes:
+    """A GGUF file of one key, an array of more bytes than the file has."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x"
+    return head + struct.pack("<IIQ", 9, 0, count)
 
 
 def gone(path: Path) -> None:
@@ -280,6 +288,23 @@ def resized(vocab_size: int, needle: str) -> Row:
 def int4(weight: torch.Tensor) -> dict:
     """The output matrix in int4, but for its grid."""
     return {"output.weight": torch.zeros(len(weight), weight.shape[1] // 2, dtype=torch.uint8)}
+
+
+def odd_int4(state: dict) -> dict:
+    """A w2 of 97 columns in int4, as if of 96, and the w1 and w3 that go with it."""
+    ffn = "layers.0.feed_forward."
+    state |= {ffn + f"{name}.weight": torch.ones(97, 48) for name in ("w1", "w3")}
+    codes, grid = torch.zeros(48, 48, dtype=torch.uint8), torch.ones(1, 48, 2)
+    return state | {ffn + "w2.weight": codes, ffn + "w2.scales_and_zeros": grid}
+
+
+def split(state: dict, **other: Callable) -> dict:
+    """wq, wk and wv for themselves, as in Meta's files, but for what is done to the `other`."""
+    parts = state.pop("layers.0.attention.wqkv.weight").split([48, 16, 16])
+    for name, part in zip(("wq", "wk", "wv"), parts, strict=True):
+        part = other.get(name, torch.clone)(part)
+        state[f"layers.0.attention.{name}.weight"] = part
+    return state
 
 
 def flags(needle: str, *more: str, base: list[str] = GENERATE) -> Row:
@@ -406,6 +431,14 @@ ROWS = [
     config("rope_scaling.factor is '2'", rope_scaling={"rope_type": "linear", "factor": "2"}),
     config("rope_scaling.factor is 0", rope_scaling={"rope_type": "linear", "factor": 0}),
     config("low_freq_factor", rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+    config("max_position_embeddings is 1, not a count from 2", max_position_embeddings=1),
+    *(
+        config(
+            f"original_max_position_embeddings is {length}, fewer than two",
+            rope_scaling={"rope_type": kind, "original_max_position_embeddings": length},
+        )
+        for kind, length in (("yarn", 1e-12), ("longrope", 0.5))
+    ),
     config("short_factor", rope_scaling={"rope_type": "longrope", "short_factor": [1.0]}),
     config("beta_fast is 'x'", rope_scaling={"rope_type": "yarn", "factor": 2, "beta_fast": "x"}),
     config("partial_rotary_factor is 0.5", partial_rotary_factor=0.5),
@@ -425,6 +458,14 @@ ROWS = [
     config("num_local_experts is 8", num_local_experts=8),
     config("num_experts is '4'", model_type="qwen3_moe", **EXPERTS | {"num_experts": "4"}),
     config("mlp_only_layers is [[0]]", model_type="qwen3_moe", **EXPERTS, mlp_only_layers=[[0]]),
+    config(
+        "n_shared_experts is 16777216",
+        model_type="glm4_moe",
+        hidden_size=2**24,
+        head_dim=8,
+        n_shared_experts=2**24,
+        **EXPERTS | {"moe_intermediate_size": 2**24},
+    ),
     config("first_k_dense_replace", model_type="glm4_moe", **EXPERTS, first_k_dense_replace=2**24),
     config(
         "num_experts_per_tok is 5", model_type="qwen3_moe", **EXPERTS | {"num_experts_per_tok": 5}
@@ -478,7 +519,23 @@ ROWS = [
             torch.ones(48, 1),
             torch.ones(49),
             QUANTIZED,
+            ONES.to(torch.float8_e4m3fn),
+            ONES.to(torch.uint8).view(torch.float4_e2m1fn_x2),
         )
+    ),
+    state("w2.weight is uint8 [48, 48], not float [48, 97]", odd_int4, intermediate_size=97),
+    *(
+        state(f"wq.weight is {needle}", lambda s, change=change: split(s, wq=change))
+        for needle, change in (
+            ("bool [48, 48]", lambda wq: wq > 0),
+            ("float8_e4m3fn [48, 48]", lambda wq: wq.to(torch.float8_e4m3fn)),
+            ("float [24, 48]", lambda wq: wq[:24].clone()),
+            ("float []", lambda wq: torch.ones(())),
+        )
+    ),
+    state(
+        "wk.weight is float [8589934592, 48]",
+        lambda s: split(s, wk=lambda wk: torch.ones(1, 1).expand(2**33, 48)),
     ),
     state("NaN", lambda s: s | {"norm.weight": torch.full((48,), float("nan"))}),
     *(
@@ -668,6 +725,34 @@ ROWS = [
     # Published weights
     published("lacks lm_head.weight", lambda s: {k: s[k] for k in s if k != "lm_head.weight"}),
     published("lacks", lambda s: {}),
+    *(
+        published(f"{first} and {second} of one file", lambda s, more=more: s | more)
+        for first, second, more in (
+            (
+                "language_model.model.norm.weight",
+                "model.norm.weight",
+                {"language_model.model.norm.weight": ONES.clone()},
+            ),
+            (
+                "model.language_model.norm.weight",
+                "model.norm.weight",
+                {"model.language_model.norm.weight": ONES.clone()},
+            ),
+            (
+                "layers.0.mlp.gate_proj.weight",
+                "model.layers.0.mlp.gate_up_proj.weight",
+                {"model.layers.0.mlp.gate_up_proj.weight": torch.ones(192, 48)},
+            ),
+            (
+                "experts.0.down_proj.weight",
+                "model.layers.0.mlp.experts.down_proj",
+                {
+                    "model.layers.0.mlp.experts.down_proj": torch.ones(2, 48, 8),
+                    "model.layers.0.mlp.experts.0.down_proj.weight": torch.ones(48, 8),
+                },
+            ),
+        )
+    ),
     published("also holds more", lambda s: s | {"more": torch.ones(1)}),
     *(
         published("lm_head.weight is", lambda s, value=value: s | {"lm_head.weight": value})
@@ -723,6 +808,7 @@ ROWS = [
         )
     ),
     pickled({1: ONES}, "lacks lm_head.weight"),
+    pickled({"lm_head.weight": QUANTIZED}, "lacks model.embed_tokens.weight"),
     *(
         index("weight_map", {"weight_map": value})
         for value in (
@@ -758,6 +844,10 @@ ROWS = [
             b"GGUF\x09\0\0\0" + b"\0" * 99,
             b"PK\3\4" * 100,
         )
+    ),
+    *(
+        content("model.gguf", endless_array(count), "it ends after 49 bytes", GGUF)
+        for count in (2**20, 2**32, 2**62)
     ),
     content("model.gguf", b"GGUF\3\0\0\0" + b"\0" * 16, "lacks general.architecture", GGUF),
     *(
@@ -866,6 +956,11 @@ ROWS = [
         for value in (None, np.ones((), "f"), np.ones(300, "f"), np.ones((300, 0), "f"))
     ),
     meta("more.weight", {}, {"more.weight": np.ones(3, "f")}),
+    meta(
+        "blk.0.ffn_gate_inp.bias and blk.0.exp_probs_b.bias are both",
+        {},
+        {f"blk.0.{name}.bias": np.ones(4, "f") for name in ("ffn_gate_inp", "exp_probs_b")},
+    ),
     *(
         meta("rope_freqs", {}, {"rope_freqs.weight": value})
         for value in (

@@ -107,6 +107,25 @@ def test_a_folder_that_lacks_a_tensor_is_an_error(hf, run, tmp_path):
         run(hf / "model.pth", tmp_path / "copy")
 
 
+def test_a_folder_that_transformers_cannot_run_is_an_error(hf, run, tmp_path):
+    """Its exceptions share no class, and some come only with the first text."""
+    settings = json.loads((hf / "config.json").read_text())
+    for i, (key, value, words) in enumerate(
+        (
+            ("hidden_act", [1], "Error: "),
+            ("num_attention_heads", 0, "ZeroDivisionError: "),
+            ("num_hidden_layers", -1, "Error: "),
+            ("sliding_window", "x", "sliding_window"),
+        )
+    ):
+        folder = tmp_path / str(i)
+        shutil.copytree(hf, folder)
+        (folder / "config.json").write_text(json.dumps(settings | {key: value}))
+        with pytest.raises(UserError, match=f"transformers cannot run .*{words}") as error:
+            run(hf / "model.pth", folder)
+        assert "\n" not in str(error.value)
+
+
 # ---- The cost of a scheme ----------------------------------------------------------------------
 
 
@@ -273,7 +292,7 @@ def test_wrong_flags_are_one_sentence(checkpoint, run, tmp_path):
     write_tokenizer(tmp_path / "empty")
     for reference, flags, words in (
         (tmp_path / "none.pth", [], "there is no checkpoint .*none.pth"),
-        (tmp_path / "empty", [], "transformers cannot read the folder .*model.pth"),
+        (tmp_path / "empty", [], "transformers cannot run the folder .*model.pth"),
         (checkpoint, ["--against_device", "abacus"], "device 'abacus' cannot be used here"),
         (checkpoint, ["--max_new_tokens", 500], "over the context of .*, 512; lower either"),
         (short, ["--max_seq_length", 101], "over the context of .*, 100; lower it"),

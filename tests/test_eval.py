@@ -1,11 +1,13 @@
 """Evaluation: the scores are those of lm-eval's own adapter, for less work."""
 
+import datetime
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from tokenizers.processors import TemplateProcessing
 import cli
 import eval as evaluation
 import process
+import tasks as task_errors
 from commands import run_script
 from conftest import CONFIG, ROOT, SPECIALS, random_model, seldom, write_checkpoint
 from engine import load
@@ -230,6 +233,49 @@ def test_room_for_new_text_that_is_more_than_the_window_is_an_error(checkpoint):
     for tokens in (0, WINDOW):
         with pytest.raises(cli.UserError, match=f"max_gen_toks {tokens} .* from 1 to {WINDOW - 1}"):
             ours.generate_until(requests("generate_until", [("a", {"max_gen_toks": tokens})]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"until": 7},
+        {"until": [7]},
+        {"until": ["a", {"a": 1}]},
+        {"top_k": 1.5, "temperature": 1},
+        {"top_k": -1},
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 2},
+        {"top_p": -1},
+        {"top_p": math.nan},
+        {"top_p": [1]},
+        {"min_p": 2},
+        {"min_p": True},
+    ],
+    ids=str,
+)
+def test_a_value_that_the_flag_of_its_name_refuses_is_refused_in_a_task(wrong, checkpoint):
+    batch = requests("generate_until", [("a", wrong)])
+    name = next(iter(wrong))
+    with pytest.raises(cli.UserError, match=f"^generation_kwargs of a task: {name}: ") as error:
+        evaluator(checkpoint).generate_until(batch)
+    assert str(error.value).endswith("; change its YAML")
+
+
+def test_keys_of_any_kind_are_no_error_of_ours(checkpoint):
+    """lm-eval's own, which `tasks.explaining` turns into a sentence."""
+    kwargs = {1: 2, "until": ["a"], "since": datetime.date(2024, 1, 1)}
+    with pytest.raises(TypeError) as error:
+        evaluator(checkpoint).generate_until(requests("generate_until", [("a", kwargs)]))
+    owners = [task_errors.owner_of(Path(entry.path)) for entry in error.traceback]
+    assert [owner for owner in owners if owner][-1] == "lm-eval"
+
+
+@pytest.mark.parametrize("page", [7, ["a"], None])
+def test_a_page_that_is_no_text_is_an_error_of_one_sentence(page, ours):
+    with pytest.raises(cli.UserError, match="a text of a task is .*; change its YAML"):
+        ours.loglikelihood_rolling(requests("loglikelihood_rolling", [(page,)]))
 
 
 # ---- Perplexity --------------------------------------------------------------------------------

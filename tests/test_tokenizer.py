@@ -600,6 +600,9 @@ FEATURES = """{{- bos_token }}{%- set ns = namespace(system='', last=0) %}
         {%- set content = content.split('</think>')[-1].lstrip('\n') %}
     {%- endif %}
     {{- '<|im_start|>' ~ message['role'] ~ '\n' ~ content | replace('a', 'A') | upper }}
+    {% generation %}
+    {%- set content = 'no' %}{{ content }}
+    {% endgeneration %}
     {%- if loop.last or loop.index == ns.last %}{{ '<|im_end|>' }}
     {%- else %}{{ ', '.join(content.split()) | indent(2) }}{{ '%02d' % loop.index }}{% endif %}
 {%- endfor %}
@@ -608,7 +611,7 @@ FEATURES = """{{- bos_token }}{%- set ns = namespace(system='', last=0) %}
 
 @pytest.mark.parametrize("chat", [MESSAGES, MESSAGES[1:2] + MESSAGES[2:] * 49], ids=len)
 def test_what_published_templates_use_works(folders, tmp_path, chat):
-    """Namespaces, macros, slices, tools, dates, formats: as in Llama 3.1, Qwen3 and Mistral."""
+    """Namespaces, macros, slices, dates, marks: as in Llama 3.1, Qwen3, SmolLM3 and Mistral."""
     library = tokenizers.Tokenizer.from_file(str(folders["byte_level"] / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     write(tmp_path, "tokenizer.json", library.to_str())
