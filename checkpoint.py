@@ -147,11 +147,9 @@ ADVICE = "is it of another model than config.json describes? Convert it again"
 def join_qkv(path: Path, state: dict[str, Tensor], layers: Iterable) -> None:
     """Make one matrix of the separate wq, wk and wv of Meta's own files, as `layers` have it."""
     for i, attention in enumerate(layer.attention for layer in layers):
-        prefix, sizes = (
-            f"layers.{i}.attention.",
-            [n * attention.kind.head_dim for n in attention.heads],
-        )
+        prefix = f"layers.{i}.attention."
         names = [prefix + f"{name}.weight" for name in ("wq", "wk", "wv")]
+        sizes = [n * attention.kind.head_dim for n in attention.heads]
         expected = dict(zip(names, attention.wqkv.weight.split(sizes), strict=True))
         if expected.keys() <= state.keys():
             parts = {name: state.pop(name) for name in names}
