@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cli import UserError, replaced
-from prompts import check_prompt, initial_messages, tokenize, user_message
+from prompts import check_prompt, initial_messages, read_stdin, tokenize, user_message
 
 HELP = """/retry          answer the last message again
 /system TEXT    set the system prompt, or remove it if TEXT is empty
@@ -41,7 +41,11 @@ def read_line() -> str:
     """The next line that the user types; /quit at the end of input, "" after Ctrl-C."""
     whole = edits_lines() or not sys.stdin.isatty()
     try:
-        text = input("> ")
+        if sys.stdin.isatty():
+            text = input("> ")
+        else:
+            print("> ", end="", flush=True)
+            text = read_stdin(sys.stdin.readline) or "/quit"
     except EOFError:
         return "/quit"
     except KeyboardInterrupt:

@@ -31,8 +31,8 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 def default_checkpoint() -> Path:
     """The checkpoint of the default model, fetched and converted by a script if it is not there."""
     script = Path(__file__).resolve().parent / "scripts" / "default_model.py"
-    if not DEFAULT_CHECKPOINT.exists():
-        if not script.exists():
+    if not os.path.exists(DEFAULT_CHECKPOINT):
+        if not os.path.exists(script):
             raise UserError(f"no --checkpoint_path was given, and there is no {script} to make one")
         with subprocess.Popen([sys.executable, str(script)], stdout=2) as process:
             try:

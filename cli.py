@@ -107,11 +107,21 @@ def parse_object(text: str) -> dict:
     return value
 
 
+def named(text: str) -> str:
+    """An argparse type: a name, which reports can hold as they are UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        problem = f"the name {text!r:.300} is not UTF-8; give it another"
+        raise argparse.ArgumentTypeError(problem) from None
+    return text
+
+
 def named_path(text: str) -> Path:
     """An argparse type: a path; an empty one would be the working folder."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; give a path")
-    return Path(text)
+    return Path(named(text))
 
 
 def add_checkpoint_flags(parser: Parser) -> Callable[..., argparse.Action]:

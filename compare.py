@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,7 +137,7 @@ Side = Ours | HuggingFace
 def open_reference(args: Namespace, device: torch.device, shard) -> Side:
     """Load --against on `device`, in --against_precision or else that of the checkpoint."""
     path, precision = args.against, args.against_precision or args.precision
-    if path.is_dir():
+    if os.path.isdir(path):
         return HuggingFace(path, device, precision)
     return Ours(path, *load(path, device, precision, shard), args.compile)
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import compare
 import tasks
 import tp
-from checkpoint import default_checkpoint, find_device
+from checkpoint import DEFAULT_CHECKPOINT, default_checkpoint, find_device
 from cli import PRECISIONS, Parser, UserError, add_model_flags, bounded, named_path
 from engine import NOT_FINITE, PREFILL_CHUNK, Engine, Sampling, allocate_cache, generate, load
 from files import check_outputs, output_file, read_text, replacing
@@ -428,7 +428,8 @@ def check_flags(args: Namespace) -> None:
         raise UserError("--tasks needs the package lm-eval; pip install lm-eval==0.4.13")
     if args.against and not args.perplexity:
         raise UserError("--against needs a text; pass --perplexity FILE")
-    check_outputs([args.output_path], [args.perplexity, args.checkpoint_path, args.against])
+    checkpoints = args.checkpoint_path or DEFAULT_CHECKPOINT, args.against
+    check_outputs([args.output_path], [args.perplexity], checkpoints)
     if args.prompt == "":
         raise UserError("--prompt is empty; give a text, or leave it out")
 

@@ -14,30 +14,38 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cli import UserError, parse_object
+from cli import UserError, named_path, parse_object
 
 LONGEST = 2**28  # characters of a text: more than a day of evaluation
+AGAIN = "fetch the file again"
+# What a checkpoint is read with, or made of; a name may be new, and still change what is read.
+BESIDE = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+BESIDE += ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+BESIDE += ("vocab.json", "merges.txt")
+WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a file of a checkpoint folder; `UserError` if it cannot be read."""
+def read_bytes(path: Path, advice: str = AGAIN, longest: int = LONGEST) -> bytes:
+    """Read a regular file; `UserError` if it cannot be read or has more than `longest` bytes."""
     try:
-        if os.path.exists(path) and not path.is_file():  # a pipe would wait, a device never end
-            raise UserError(f"{path} is not a regular file; fetch the file again")
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait, a device go on
+            raise UserError(f"{path} is not a regular file; {advice}")
+        if (size := os.stat(path).st_size) > longest:
+            raise UserError(f"{path} has {size} bytes, over the limit of {longest}; {advice}")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); fetch the file again") from None
+        raise UserError(f"cannot read {path} ({error.strerror}); {advice}") from None
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, advice: str = AGAIN) -> dict:
     """Read a JSON object; `UserError` if the file holds none or cannot be read."""
     try:
-        return parse_object(read_bytes(path).decode())
+        return parse_object(read_bytes(path, advice).decode())
     except ValueError as error:
-        raise UserError(f"cannot read {path} as JSON ({error}); fetch the file again") from None
+        raise UserError(f"cannot read {path} as JSON ({error}); {advice}") from None
 
 
 def read_text(path: Path) -> str:
@@ -52,12 +60,28 @@ def read_text(path: Path) -> str:
     return text
 
 
-def check_outputs(outputs: list[Path | None], inputs: list[Path | None]) -> None:
+def at_file(value: str | None) -> Path | None:
+    """The FILE of a value @FILE."""
+    return Path(value[1:]) if value and value.startswith("@") else None
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """A checkpoint, a file or a folder, and what it is read with: other files of its folder."""
+    folder, names = checkpoint if os.path.isdir(checkpoint) else checkpoint.parent, [*BESIDE]
+    with contextlib.suppress(OSError):
+        names += [name for name in os.listdir(folder) if name.endswith(WEIGHTS)]
+    return [checkpoint, *(folder / name for name in names)]
+
+
+def check_outputs(
+    outputs: list[Path | None], inputs: list[Path | None], checkpoints: Iterable[Path | None] = ()
+) -> None:
     """Raise a UserError if a file cannot be written, is read, too, or is to hold two things."""
     files = [Path(os.path.realpath(path)) for path in outputs if path and not is_stream(path)]
-    read = [os.path.realpath(path) for path in inputs if path]
+    inputs = [*inputs, *(file for path in checkpoints if path for file in files_of(path))]
+    read = [Path(os.path.realpath(path)) for path in inputs if path]
     for path in files:
-        if str(path) in read or files.count(path) > 1:
+        if sum(path in (other, *other.parents) for other in files + read) > 1:
             raise UserError(f"{path} is named for two things; name another file to write")
         if not is_writable(path):
             raise UserError(f"{path} cannot be written; name a file in a folder of yours")
@@ -81,7 +105,8 @@ def is_stream(path: Path) -> bool:
 def output_file(text: str) -> Path:
     """An argparse type: a path that can be written, known before hours of work are spent."""
     # A device is not resolved: /dev/stdout leads to a name that cannot be opened.
-    path = Path(text) if is_stream(Path(text)) else Path(os.path.realpath(text))
+    path = named_path(text)
+    path = path if is_stream(path) else Path(os.path.realpath(path))
     if not is_writable(path):
         raise argparse.ArgumentTypeError(
             f"{text!r:.300} cannot be written; name a file in a folder of yours"
@@ -101,7 +126,9 @@ def is_writable(path: Path) -> bool:
         return False
     path = Path(os.path.realpath(path))
     folder = next(folder for folder in path.parents if os.path.lexists(folder))
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) and not os.path.isdir(path)
+    return (
+        os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK) and not os.path.isdir(path)
+    )
 
 
 def temporary_name(path: Path) -> Path:
@@ -129,7 +156,7 @@ def remove_dead(folder: Path, pattern: str) -> None:
         paths = [folder / name for name in os.listdir(folder) if re.fullmatch(pattern, name)]
         for path in paths:
             with contextlib.suppress(OSError), locked(path, fcntl.LOCK_NB):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if os.path.isdir(path) else path.unlink()
 
 
 @contextlib.contextmanager
@@ -165,7 +192,7 @@ def renaming(path: Path) -> Iterator[Path]:
     if os.path.isdir(path):  # before anything is written
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     temporary = temporary_name(path)
-    missing = [folder for folder in path.parents if not folder.exists()]
+    missing = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_dead(path.parent, rf"\.\d+-{re.escape(path.name)}")

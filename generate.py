@@ -17,14 +17,13 @@ import resource
 import statistics
 import sys
 import time
-from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoint import default_checkpoint, find_device
+from checkpoint import DEFAULT_CHECKPOINT, default_checkpoint, find_device
 from cli import (
     Parser,
     UserError,
@@ -37,11 +36,18 @@ from cli import (
     replaced,
 )
 from engine import FEW_ROWS, Engine, allocate_cache, generate, load, synchronize
-from files import check_outputs, output_file, read_text, replacing
+from files import at_file, check_outputs, output_file, read_text, replacing
 from linear import kernels_for
 from model import Transformer
 from process import run, world_size
-from prompts import check_prompt, initial_messages, read_context, tokenize, user_message
+from prompts import (
+    check_prompt,
+    initial_messages,
+    read_context,
+    read_stdin,
+    tokenize,
+    user_message,
+)
 from settings import Settings, add_text_flags, check_settings
 from shaping import (
     Reply,
@@ -70,14 +76,6 @@ def is_random_prompt(prompt: str) -> bool:
     return prompt.isascii() and prompt.isdecimal()
 
 
-def read_stdin() -> str:
-    """The text on standard input; UserError if it has no end, as that of /dev/zero."""
-    text = sys.stdin.read(2**26)
-    if len(text) == 2**26:
-        raise UserError("standard input is longer than any context; pass a text of this model's")
-    return text
-
-
 def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
     """The prompts of the command line, as token ids."""
     if args.prompts_file:
@@ -91,7 +89,10 @@ def read_prompts(args: Namespace, tokenizer: Tokenizer, vocab_size: int) -> list
         ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
         return [read_context(args, tokenizer) + ids]
     else:
-        texts = [on_rank0(read_stdin).removesuffix("\n") if args.prompt == "-" else args.prompt]
+        text = args.prompt
+        if text == "-":
+            text = on_rank0(lambda: read_stdin(sys.stdin.read)).removesuffix("\n")
+        texts = [text]
     return [
         tokenize(tokenizer, [*initial_messages(args), user_message(text)], args.chat)
         for text in texts
@@ -249,7 +250,7 @@ def make_parser() -> Parser:
 
     add = parser.group("prefill cache")
     about = "a text that every prompt continues, or @FILE; it is prefilled once"
-    add("--prefill_context", type=context_text, metavar="TEXT", help=about)
+    add("--prefill_context", metavar="TEXT", help=about)
     about = "keep prefilled contexts in this folder"
     add("--prefill_cache", type=named_path, metavar="DIR", help=about)
     size, about = bounded(float, 0, 1e6), "limit in memory, and again on disk (default: 8)"
@@ -265,15 +266,12 @@ def make_parser() -> Parser:
 TOLD = ("messages", "add_generation_prompt", "bos_token", "eos_token")  # to a chat template
 
 
-def context_text(value: str) -> str:
-    """An argparse type: a text, or @ and the name of the file that holds it."""
-    name = value.removeprefix("@")
-    try:
-        text = value if name == value else read_text(Path(name))
-    except UserError as error:
-        raise ArgumentTypeError(str(error)) from None
-    if not text:
-        raise ArgumentTypeError("the context is empty; give a text or @FILE")
+def context_text(value: str | None) -> str | None:
+    """The text of --prefill_context, or of the file that it names; UserError if it is empty."""
+    file = at_file(value)
+    text = read_text(file) if file else value
+    if text == "":
+        raise UserError("--prefill_context: the context is empty; give a text or @FILE")
     return text
 
 
@@ -308,8 +306,10 @@ def with_defaults(args: Namespace) -> Namespace:
             "--prefill_cache and --prefill_cache_gb go with --prefill_context; add it",
         ),
     )
-    models = args.checkpoint_path, args.draft_checkpoint_path
-    check_outputs([args.profile, args.json], [*models, args.prompts_file])
+    inputs = [args.prompts_file, args.prefill_cache, at_file(args.prefill_context)]
+    models = args.checkpoint_path or DEFAULT_CHECKPOINT, args.draft_checkpoint_path
+    check_outputs([args.profile, args.json], inputs, models)
+    context = context_text(args.prefill_context)
     files = {"speculate": (draft, "speculation"), "chat": (talk, "--interactive")}
     files |= {"jsonl": (args.jsonl, "--jsonl"), "ranges": (args.profile, "--profile")}
     files["prefill_cache"] = (args.prefill_context, "--prefill_context")
@@ -318,7 +318,8 @@ def with_defaults(args: Namespace) -> Namespace:
         if asked and optional(name) is None:
             raise UserError(f"{flag} needs {name}.py; put it beside generate.py")
     rows = args.batch_size or (None if args.prompts_file and not draft else 1)
-    return replaced(args, chat=chat, batch_size=rows, speculate_k=args.speculate_k or 5)
+    changes = {"chat": chat, "batch_size": rows, "prefill_context": context}
+    return replaced(args, speculate_k=args.speculate_k or 5, **changes)
 
 
 def start_engines(

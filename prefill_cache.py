@@ -39,6 +39,7 @@ NAME = re.compile(r"([0-9a-f]{16}-\d+of\d+)-([0-9a-f]{16})\.safetensors")  # fin
 TEMPORARY = re.compile(r"\.\d+-" + NAME.pattern)  # the temporary names of `replacing`
 STALE_S = 3600  # the writer of an older temporary file is dead
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+MAX_HEADER = 2**26  # bytes: tokens of any context
 SAMPLES = 64  # values of each tensor in a fingerprint
 
 
@@ -263,7 +264,7 @@ class Folder:
         path = self.path / name_of(model_id, entry.tokens)
         if len(header) + len(data) > self.max_bytes:
             return warn(f"{path} would exceed the limit of the prefill cache; it is not written")
-        if path.is_symlink() or (path.exists() and not path.is_file()):
+        if path.is_symlink() or (os.path.exists(path) and not os.path.isfile(path)):
             return  # `replacing` would follow it
         try:
             with replacing(path) as temporary:
@@ -320,7 +321,7 @@ def read_header(file) -> tuple[bytes, dict]:
     """The header of an open file and its metadata; `ValueError` if there is none."""
     start = file.read(8)
     size = int.from_bytes(start, "little")
-    if len(start) < 8 or size > os.fstat(file.fileno()).st_size:
+    if len(start) < 8 or size > min(MAX_HEADER, os.fstat(file.fileno()).st_size):
         raise ValueError("is truncated or not a safetensors file")
     header = file.read(size)
     try:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from cli import UserError
 from model import Transformer
 from tokenizer import Tokenizer
+
+
+def read_stdin(read: Callable[[int], str]) -> str:
+    """What `read` gives of standard input; UserError if it has no end, as that of /dev/zero."""
+    text = read(2**26)
+    if len(text) == 2**26:
+        raise UserError("standard input is longer than any context; pass a text of this model's")
+    return text
 
 
 def user_message(text: str) -> dict:

@@ -23,9 +23,9 @@ from tqdm import tqdm
 import gptq
 from calibration import add_calibration_flags, read_sequences
 from checkpoint import StateFile, check_finite, default_checkpoint, find_device
-from cli import Parser, UserError, add_checkpoint_flags, bounded, replaced
+from cli import Parser, UserError, add_checkpoint_flags, bounded, named, replaced
 from engine import load_model
-from files import check_outputs, read_text, replacing
+from files import at_file, check_outputs, read_text, replacing
 from linear import Linear, linear_for, pack_int4
 from model import Transformer
 from process import run
@@ -98,7 +98,7 @@ def choose_schemes(
         return dict.fromkeys(names, "int4" if mode == "int4-gptq" else mode)
     critical = []
     for entry in critical_layers or INT8_IN_HYBRID:
-        named = read_text(Path(entry[1:])).split() if entry.startswith("@") else [entry]
+        named = read_text(file).split() if (file := at_file(entry)) else [entry]
         if not named:
             raise UserError(f"--critical_layers {entry} names no layer; give it a name a line")
         critical += named
@@ -254,7 +254,8 @@ def output_path(args: Namespace) -> Path:
     stem = f"{args.checkpoint_path.stem}{args.label}"
     name = file_name(args.mode, args.groupsize, bool(args.critical_layers), stem)
     path = args.checkpoint_path.with_name(name)
-    check_outputs([path], [args.checkpoint_path, args.calibration_file])
+    texts = [args.calibration_file, *map(at_file, args.critical_layers or ())]
+    check_outputs([path], texts, [args.checkpoint_path])
     return path
 
 
@@ -293,9 +294,8 @@ def make_parser() -> Parser:
         metavar="LAYER",
         help="int8 in a hybrid: names, globs, @FILE; NAME=int4.g32 is int4 in groups of 32",
     )
-    add(
-        "--label", default="_", help="text placed between `model` and the scheme in the file's name"
-    )
+    about = "text placed between `model` and the scheme in the file's name"
+    add("--label", type=named, default="_", help=about)
     add("--gptq", action="store_true", help="use GPTQ for the int4 part of a hybrid")
     add_calibration_flags(parser)
     add = parser.group("GPTQ")

@@ -53,7 +53,7 @@ def find(patterns: list[str], include_path: Path | None) -> tuple[Any, list[str]
     except ImportError:
         what = f"the task {patterns[0]} needs the package lm-eval"
         raise UserError(f"{what}; run `pip install lm-eval==0.4.13`") from None
-    if include_path and not include_path.is_dir():
+    if include_path and not os.path.isdir(include_path):
         raise UserError(f"--include_path {include_path} is no folder; name the one with YAMLs")
     if include_path and not os.access(include_path, os.R_OK | os.X_OK):
         raise UserError(f"--include_path {include_path} may not be read by you")

@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import sys
 from argparse import Namespace
@@ -165,23 +166,29 @@ def state_file(report: Path) -> Path:
     return report.with_name(f"{report.name}.state.json")
 
 
-def read_state(args: Namespace, of: dict) -> dict:
-    """The results of an interrupted run with this fingerprint; `UserError` on another one."""
-    path = state_file(args.report_file)
-    if not path.exists():
+def read_state(args: Namespace, of: dict, count: int) -> dict:
+    """The results of an interrupted run with this fingerprint; `UserError` on another one.
+
+    Each holds `count` losses.
+    """
+    path, advice = state_file(args.report_file), "delete it to start anew"
+    if not os.path.exists(path):
         return {"of": of, "losses": {}}
-    state = read_json(path)
+    state = read_json(path, advice)
     known = state.get("of") if isinstance(state.get("of"), dict) else {}
     changed = [name.replace("_", " ") for name in of if known.get(name) != of[name]]
     if changed:
         raise UserError(
-            f"{path} is of an interrupted run with another {', '.join(changed)}; delete it to "
-            "start anew, or name another --report_file"
+            f"{path} is of an interrupted run with another {', '.join(changed)}; {advice}, "
+            "or name another --report_file"
         )
     losses = state.get("losses")
     rows = [*losses.values()] if isinstance(losses, dict) else [None]
-    if not all(isinstance(row, list) and {*map(type, row)} <= {int, float} for row in rows):
-        raise UserError(f"{path} is damaged; delete it to start anew")
+    for row in rows:
+        values = row if isinstance(row, list) else []
+        fit = all(type(x) in (int, float) and abs(x) < 1e15 for x in values)
+        if len(values) != count or not fit:
+            raise UserError(f"{path} is damaged; {advice}")
     return state
 
 
@@ -218,8 +225,6 @@ def measure(variants: Variants, losses: Losses, state: dict, path: Path) -> list
         variants.use({name: "int4"} if name else {})
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(state), encoding="utf-8")
-    if len({len(values) for values in found.values()}) > 1:
-        raise UserError(f"{path} is damaged; delete it to start anew")
     moves, before = [], torch.tensor(found[""], dtype=torch.float64)
     for key, (name, scheme) in trials.items():
         extra = variants.nbytes[scheme][name] - variants.nbytes["int4"][name]
@@ -450,7 +455,7 @@ def make_parser() -> Parser:
 def check_flags(args: Namespace) -> bool:
     """Whether the loss is on text; UserError if a flag has no effect or a file would be lost."""
     outputs = [*reports(args.report_file), state_file(args.report_file), args.layers_file]
-    check_outputs(outputs, [args.text, args.model_path])
+    check_outputs(outputs, [args.text], [args.model_path])
     on_text = args.metric in ("kl", "perplexity")
     if on_text and args.include_path:
         raise UserError("--include_path goes with --metric TASK; leave it out")
@@ -461,7 +466,7 @@ def check_flags(args: Namespace) -> bool:
     stem = f"{args.model_path.stem}_"
     for mode, custom in (("hybrid", True), ("int4", False)) if args.quantize else ():
         name = quantize.file_name(mode, args.groupsize, custom, stem)
-        check_outputs([args.model_path.with_name(name)], [args.text, args.model_path])
+        check_outputs([args.model_path.with_name(name)], [args.text], [args.model_path])
     return on_text
 
 
@@ -519,7 +524,7 @@ def main(args: Namespace) -> None:
     if args.max_seq_length > model.args.block_size:
         raise UserError(f"--max_seq_length is over the model's context, {model.args.block_size}")
     parts = read_parts(args, tokenizer, device) if on_text else {}
-    state = read_state(args, fingerprint(args, device, parts))
+    of = fingerprint(args, device, parts)
     check_plain(model, args)
     if on_text:
         losses = TextLosses(model, parts, args.metric)
@@ -527,7 +532,9 @@ def main(args: Namespace) -> None:
         sizes = f"2 parts of {count} sequences of {args.max_seq_length} tokens"
     else:
         losses = TaskLosses(model, tokenizer, args)
-        sizes = f"2 parts of {len(losses.documents['ranking'])} documents"
+        count = len(losses.documents["ranking"])
+        sizes = f"2 parts of {count} documents"
+    state = read_state(args, of, count)
     variants = make_variants(model, args.groupsize)
     hybrid = built_in_hybrid([*variants.modules["int4"]])
     args = replaced(args, budget=find_budget(args, variants, hybrid))

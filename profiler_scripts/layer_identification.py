@@ -9,6 +9,7 @@ The names are those of `quantize.py --critical_layers`. With a report of layer_a
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -75,6 +76,8 @@ def read_ranking(path: Path) -> dict[str, dict]:
     for row in rows:
         try:
             row |= {"rank": int(row["rank"]), "saved": float(row["saved"])}
+            if not math.isfinite(row["saved"]):
+                raise ValueError
         except (TypeError, ValueError):
             what = f"{path} ranks {row['layer']} {row['rank']!r} and saves {row['saved']!r} by it"
             raise UserError(f"{what}, which should be numbers; make the report again") from None

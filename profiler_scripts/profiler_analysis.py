@@ -19,7 +19,6 @@ import dataclasses
 import gzip
 import io
 import json
-import math
 import re
 import statistics
 import sys
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import find_device
 from cli import PRECISIONS, Parser, UserError, bounded, named_path
 from engine import Engine, Sampling, generate, load_model
-from files import check_outputs, output_file, replacing, temporary_folder
+from files import check_outputs, output_file, read_bytes, replacing, temporary_folder
 from process import run
 from ranges import MARK, traced
 from scripts.machine import read_bandwidth
@@ -62,9 +61,11 @@ IN_COMPILED = {  # operators in compiled code -> type and scheme
     "aten::_scaled_dot_product_efficient_attention": ("Attention", "-"),
     "aten::_scaled_dot_product_cudnn_attention": ("Attention", "-"),
 }
-RANGE = re.compile(rf"{MARK} ({'|'.join((*PHASES, *TYPES[:6]))}) (\S+) (\S+) (\d+) B")
+RANGE = re.compile(rf"{MARK} ({'|'.join((*PHASES, *TYPES[:6]))}) (\S+) (\S+) (\d{{1,15}}) B")
 LAUNCHES, KERNELS = ("cuda_runtime", "cuda_driver"), ("kernel", "gpu_memcpy", "gpu_memset")
 OCCUPANCY = "est. achieved occupancy %"
+MAKE = "make a trace with generate.py --profile"
+LONGEST = 2**30  # bytes of a trace: more than any tool shows
 SUFFIXES = (".txt", ".md", ".csv", ".png")
 
 # ------------------------------------------------------------------------------------------------
@@ -129,29 +130,28 @@ class Profile:
 
 def read_trace(path: Path) -> list[dict]:
     """The events with a duration in a chrome trace (.json, .json.gz); `UserError` if it is none."""
-    if path.exists() and not path.is_file():  # reading a device may never end
-        raise UserError(f"{path} is no file; make a trace with generate.py --profile")
+    raw = read_bytes(path, MAKE, LONGEST)
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        if path.suffix == ".gz":
+            raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(LONGEST + 1)
+        if len(raw) > LONGEST:
+            raise ValueError(f"it unpacks to more than {LONGEST} bytes")
         events = json.loads(raw)["traceEvents"]
         return [checked(event) for event in events if event.get("ph") == "X"]
     except WRONG as error:
-        raise UserError(
-            f"cannot read {path} as a chrome trace ({type(error).__name__}: {error}); "
-            "make one with generate.py --profile"
-        ) from None
+        what = f"cannot read {path} as a chrome trace ({type(error).__name__}: {error})"
+        raise UserError(f"{what}; {MAKE}") from None
 
 
 # Exceptions of reading and of `checked`.
 WRONG = (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError)
-WRONG += (RecursionError,)
+WRONG += (RecursionError, OverflowError)
 
 
 def checked(event: dict) -> dict:
     """An event whose values have the expected types; raises one of WRONG otherwise."""
     times = {key: float(event[key]) for key in ("ts", "dur")}
-    if not all(map(math.isfinite, times.values())) or times["dur"] < 0:
+    if not all(abs(time) < 1e18 for time in times.values()) or times["dur"] < 0:
         raise ValueError(f"an event has the times {times}")
     args = {**event.get("args", {})}
     args |= {"correlation": str(args.get("correlation"))}
@@ -561,7 +561,7 @@ def make_parser() -> Parser:
 
 def main(args: Namespace) -> None:
     check_report(args.output_file)
-    check_outputs([args.output_file], [*args.trace, *args.model_path])
+    check_outputs([args.output_file], args.trace, args.model_path)
     names = [*map(str, args.model_path), *map(str, args.trace)]
     if not names:
         raise UserError("pass --model_path with checkpoints, or --trace with traces, or both")

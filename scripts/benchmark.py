@@ -31,8 +31,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import default_checkpoint, find_device
-from cli import Parser, UserError, add_checkpoint_flags, bounded, refuse, replaced
+from checkpoint import DEFAULT_CHECKPOINT, default_checkpoint, find_device
+from cli import Parser, UserError, add_checkpoint_flags, bounded, named, refuse, replaced
 from engine import Engine, generate, load_model, synchronize
 from families import preset_names
 from files import check_outputs, output_file, replacing, temporary_folder
@@ -384,7 +384,7 @@ def make_parser() -> Parser:
     add("--runs", type=bounded(int, 1), default=5, help="repetitions (default: 5)")
     add("--compile", nargs="?", const="block", choices=["block", "whole"], help="compile decoding")
     add("--compile_prefill", action="store_true", help="also compile prefill")
-    add("--draft", help="a checkpoint, or `lookup`: also measure speculation")
+    add("--draft", type=named, help="a checkpoint, or `lookup`: also measure speculation")
     add("--peers", type=several(PEERS), default=[], help="llama.cpp,transformers: in the same run")
     add("--threads", type=bounded(int, 1, 4096), help="CPU threads (default: torch's)")
     add("--no-cold", action="store_true", help="skip starts in new processes and peak memory")
@@ -467,7 +467,9 @@ def main(args: Namespace) -> None:
         (args.model and named, "--model makes random weights; leave it or --checkpoint_path out"),
         (args.draft and not named, "--draft needs real weights; add --checkpoint_path"),
     )
-    check_outputs([args.json, args.markdown], [named])
+    drafts = [Path(args.draft)] if args.draft not in (None, "lookup") else []
+    checkpoints = [named or (None if args.model else DEFAULT_CHECKPOINT), *drafts]
+    check_outputs([args.json, args.markdown], [], checkpoints)
     path = named or (None if args.model else default_checkpoint())
     args = replaced(args, checkpoint_path=path)
     cases = find_cases(args)

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, UserError, named_path
 from families import from_config
-from files import replacing
+from files import check_outputs, replacing
 from keys import AGAIN
 from process import run
 from scripts.convert_hf_checkpoint import (
@@ -339,6 +339,7 @@ def convert(
     files = {"config.json": config} | tokenizer_files(meta)
     tensors = read_tensors(gguf_path, reader, dtype, name, table)
     output = folder / target.file_name
+    check_outputs([output, *(folder / name for name in files)], [gguf_path])
     with contextlib.ExitStack() as stack:
         # The weights are renamed last: if they are there, so is everything else.
         model, *others = [stack.enter_context(replacing(folder / n)) for n in (output.name, *files)]

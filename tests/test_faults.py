@@ -266,6 +266,8 @@ ROWS = [
     ("", "identify --report_file nowhere", f"{READ} nowhere"),
     (": > r.md", "identify --report_file r.md", "r.md has no ranking of layers"),
     ("ranking 1 word > r.md", "identify --report_file r.md", "'word' by it, which should be"),
+    ("ranking 1 nan > r.md", "identify --report_file r.md", "saves nan by it, which should be"),
+    ("ranking 1 1e999 > r.md", "identify --report_file r.md", "saves inf by it, which should"),
     ("ranking 1.5 2 > r.md", "identify --report_file r.md", "r.md has no ranking of layers"),
     ("ranking ² 2 > r.md", "identify --report_file r.md", "has no ranking of layers"),
     ("echo row,rank; echo layer,1 > r.csv", "identify --report_file r.csv", "has no ranking"),
@@ -289,12 +291,20 @@ ROWS = [
     ("mkdir r.md.state.json", "ranked", "r.md.state.json cannot be written"),
     ("chmod 555 .", "ranked", "'r.md' cannot be written"),
     ("echo x > r.md.state.json", "ranked", "r.md.state.json as JSON"),
+    ("truncate -s 1T r.md.state.json", "ranked", "has 1099511627776 bytes, over the limit"),
     ("echo '{\"of\": 3}' > r.md.state.json", "ranked", "of an interrupted run with another"),
     ("", "FAULT='import sys; sys.modules[\"matplotlib.figure\"] = None' ranked", "need matplotlib"),
     ("", "profile", "pass --model_path with checkpoints, or --trace"),
     ("", "profile --trace a a", "named twice"),
-    ("", "profile --trace nowhere", f"{READ} nowhere as a chrome trace"),
-    ("", "profile --trace /dev/zero", "/dev/zero is no file"),
+    ("", "profile --trace nowhere", f"{READ} nowhere (No such file or directory); make a trace"),
+    ("", "profile --trace /dev/zero", "/dev/zero is not a regular file; make a trace"),
+    ("truncate -s 1T t.json", "trace", "t.json has 1099511627776 bytes"),
+    ("truncate -s 1T t.json.gz", "profile --trace t.json.gz", "t.json.gz has 1099511627776 bytes"),
+    (
+        "head -c 1100M /dev/zero | gzip -1 > t.json.gz",
+        "profile --trace t.json.gz",
+        "it unpacks to more than",
+    ),
     ("", "profile --trace text.txt --output_file o.doc", "should end in one of"),
     ("cp text.txt t.json", "trace", "t.json as a chrome trace (JSONDecodeError"),
     ("echo '[]' > t.json", "trace", "t.json as a chrome trace (TypeError"),
@@ -307,6 +317,10 @@ ROWS = [
     ("event 'tokenbus: Lines - - 0 B'", "trace", "no range the name 'tokenbus: Lines"),
     ("event 'tokenbus: Decode - - 0 B' ', \"dur\": -1'", "trace", "an event has the times"),
     ("event 'tokenbus: Decode - - 0 B' ', \"ts\": NaN'", "trace", "an event has the times"),
+    ("event 'tokenbus: Decode - - 0 B' ', \"ts\": 1'$(printf %0400d)", "trace", "OverflowError"),
+    ("event 'tokenbus: Decode - - 0 B' ', \"dur\": 1.7e308'", "trace", "an event has the times"),
+    ('event "tokenbus: Decode - - 1$(printf %05000d) B"', "trace", "no range the name"),
+    ('event "tokenbus: Linear int4 layers.0.wo 1$(printf %0400d) B"', "trace", "no range"),
     ("event 'tokenbus: Decode - - 0 B' ', \"args\": 7'", "trace", "TypeError"),
     ("event 'tokenbus: Decode - - 0 B' ', \"name\": 7'", "trace", "TypeError"),
     ("cp text.txt t.json.gz", "profile --trace t.json.gz", "BadGzipFile"),
@@ -328,9 +342,47 @@ ROWS = [
     ("", "generate --prefill_context @/dev/zero", "/dev/zero has 268435456 characters"),
     ("", "ranked --text /dev/zero", "/dev/zero has 268435456 characters"),
     ("", "generate --prompt - < /dev/zero", "standard input is longer than any context"),
+    ("", "generate --interactive < /dev/zero", "standard input is longer than any context"),
     ("", "perplexity --output_path text.txt", "text.txt is named for two things"),
     ("", "perplexity --output_path model.pth", "model.pth is named for two things"),
     ("", "experiment --contexts short --output short", "short is named for two things"),
+    ("", "experiment --contexts short --output config.json", "config.json is named for two things"),
+    ("", "perplexity --output_path config.json", "config.json is named for two things"),
+    ("", "ranked --layers_file config.json", "config.json is named for two things"),
+    ("", "benchmark --json config.json", "config.json is named for two things"),
+    ("", "benchmark --markdown tokenizer.json", "tokenizer.json is named for two things"),
+    ("cp model.pth d.pth", "benchmark --draft d.pth --json d.pth", "d.pth is named for two things"),
+    (
+        "mkdir g; cp *.* g",
+        "perplexity --against g/model.pth --output_path g/config.json",
+        "g/config.json is named for two things",
+    ),
+    (
+        "mkdir g; cp *.* g",
+        "perplexity --against g --output_path g/vocab.json",
+        "g/vocab.json is named for two things",
+    ),
+    (
+        "echo output > model_custom_hybrid_int8_int4.g32.pth",
+        "quantize --mode hybrid --critical_layers @model_custom_hybrid_int8_int4.g32.pth",
+        "is named for two things",
+    ),
+    # ---- Names that cannot be looked up, or not be written in a report
+    ("", f"profile --trace {LONG}", "File name too long"),
+    ("mkdir -m 0 d", "profile --trace d/t.json", "Permission denied"),
+    ("", f"perplexity --against {LONG}", "File name too long"),
+    ("mkdir -m 0 d", "perplexity --against d/x", "cannot read d/x (Permission denied)"),
+    ("", f"tasks --include_path {LONG}", "is no folder"),
+    ("mkdir -m 0 d", "tasks --include_path d/x", "d/x is no folder"),
+    (
+        "mkdir -m 0 made",
+        "FAULT=$NOWHERE run scripts/default_model.py",
+        "made/model.pth can be neither read nor made",
+    ),
+    ("", "profile --trace $'t\\xff.json'", "is not UTF-8"),
+    ("", "ranked --text $'t\\xff'", "is not UTF-8"),
+    ("", "benchmark --json $'t\\xff'", "is not UTF-8"),
+    ("", "benchmark --draft $'t\\xff'", "is not UTF-8"),
     ("", "benchmark --json o --markdown o", "o is named for two things"),
     ("", "gpu_check --json o --markdown o", "o is named for two things"),
     ("cp short t.md", "profile --trace t.md --output_file t.md", "t.md is named for two things"),
@@ -404,7 +456,8 @@ def environment(home: Path) -> dict:
     ours = ("DEVICE", "WORLD_SIZE", "RANK", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= {"PYTHON": " ".join(python()), "START": START, "ROOT": str(ROOT)}
-    env |= {"TMPDIR": str(home / "tmp"), "HF_HOME": str(home.parent / "hf"), "FEW_TASKS": FEW_TASKS}
+    env |= {"TMPDIR": str(home / "tmp"), "HF_HOME": str(home.parent / "hf")}
+    env |= {"FEW_TASKS": FEW_TASKS, "NOWHERE": NOWHERE}
     return env | {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
 
 
@@ -419,7 +472,7 @@ def contents(folder: Path) -> dict[str, str]:
     paths = [path for path in folder.rglob("*") if not path.is_symlink()]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file() and os.access(path, os.R_OK)
+        if path.is_file() and os.access(path, os.R_OK) and path.stat().st_size < 2**30
         else ""
         for path in paths
     }

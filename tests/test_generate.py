@@ -583,7 +583,7 @@ def test_no_chat_conversation_continues_the_text(run_cli, tmp_path):
         (["--batch_size", "10000"], "from 1 to 4096"),
         (["--json", "/dev/null/figures.json"], "cannot be written"),
         (["--json", "."], "cannot be written"),
-        (["--profile", ""], "cannot be written"),
+        (["--profile", ""], "the name is empty"),
         (["--checkpoint_path", "."], "is a folder"),
         (["--top_p", "1.5"], "from 0 to 1"),
         (["--min_p", "2"], "from 0 to 1"),

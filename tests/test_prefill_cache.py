@@ -309,6 +309,10 @@ def foreign(file: Path) -> None:
     safetensors.torch.save_file({"kv": torch.zeros(2, 2, 2, 70, 16)}, file)
 
 
+def grow(file: Path) -> None:
+    os.truncate(file, 2**41)
+
+
 DAMAGE = {
     "data cut short": lambda file: cut_file(file, -10),
     "header cut short": lambda file: cut_file(file, 100),
@@ -322,6 +326,7 @@ DAMAGE = {
         {"x": torch.zeros(3)}, file, {"format": "pt", "tokens": "1 2"}
     ),
     "no safetensors at all": lambda file: file.write_bytes(b"PK\x03\x04" * 5000),
+    "endless": lambda file: (file.write_bytes((2**40).to_bytes(8, "little")), grow(file)),
     "deeply nested": lambda file: file.write_bytes((99999).to_bytes(8, "little") + b"[" * 99999),
     "other weights": lambda file: stored_by(file, other_weights()),
     "other dtype": lambda file: stored_by(file, make_model("bfloat16")),

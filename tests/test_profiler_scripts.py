@@ -563,6 +563,26 @@ def test_an_interrupted_analysis_goes_on_where_it_stopped(run, folder, tmp_path,
     assert reports[1].read_text() == reports[0].read_text()
 
 
+def test_losses_that_no_run_measures_are_damaged_and_refused_before_the_trials(
+    run, folder, tmp_path, monkeypatch
+):
+    report = tmp_path / "r.md"
+    state = accuracy.state_file(report)
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "read_state", lambda args, of, count: seen.append(of) or stop())
+        stop = iter([]).__next__
+        with pytest.raises(StopIteration):
+            run(accuracy, *flags_of(folder, report))
+    monkeypatch.setattr(accuracy, "make_variants", None)  # nothing is measured
+    for row in ("NaN", "1e999", "1" + "0" * 400, "9" * 5000, "1, 2, 3", ""):
+        row = row if row in ("1, 2, 3", "") else f"1, 2, 3, {row}"
+        state.write_text(f'{{"of": {json.dumps(seen[0])}, "losses": {{"": [{row}]}}}}')
+        code, _, err = run(accuracy, *flags_of(folder, report))
+        assert code == 2 and err.splitlines()[-1].endswith("delete it to start anew"), (row, err)
+        assert not report.exists()
+
+
 def test_a_task_of_lm_eval_ranks(run, folder, tmp_path, monkeypatch, few_tasks):
     monkeypatch.chdir(tmp_path)  # data_files of a task are relative to the working directory
     pages = [TEXT[i * 40 : i * 40 + 60] for i in range(8)]

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import chat_template
 import tokenizer as module
+from chat_template import TOO_MUCH, Renderer
 from cli import UserError
 from conftest import seldom
 from tokenizer import StreamDecoder, Tokenizer
@@ -572,6 +573,13 @@ def test_a_template_that_takes_all_memory_or_time_is_one_sentence(folders, tmp_p
     assert capfd.readouterr() == ("", "")
     ours.chat_template = CHATML  # and the next template is none the worse for it
     assert ours.chat(MESSAGES) == Tokenizer.from_folder(folders["byte_level"]).chat(MESSAGES)
+
+
+@pytest.mark.slow
+def test_a_template_longer_than_the_memory_is_one_sentence(capfd):
+    with pytest.raises(ValueError, match=TOO_MUCH):
+        Renderer().render("é" * 60_000_000, {})
+    assert capfd.readouterr() == ("", "")
 
 
 FEATURES = """{{- bos_token }}{%- set ns = namespace(system='', last=0) %}
