@@ -270,7 +270,10 @@ class Speculator:
         input_pos = torch.arange(len(text) - 1, len(text) + len(ids), device=q.device)
         kv_len = model.kv_steps(len(text) + len(ids))
         logits = self.engine.decode(idx, input_pos[None], kv_len).logits[0]  # [1 + k, V]
-        probs, tokens = candidates(shaped(logits, text, ids, hook), sampling)
+        hooked = shaped(logits, text, ids, hook)
+        if not len(ids):  # as without a draft, sooner than by a distribution over all tokens
+            return send_tokens(sample(hooked, [sampling], [generator]), logits, logprobs)(), 0
+        probs, tokens = candidates(hooked, sampling)
         p = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, tokens, probs)
         new = send_tokens(verify(p, ids, q, generator), logits, logprobs)()
         return [token for token in new if token.id >= 0], len(ids)

@@ -149,7 +149,7 @@ ROWS = [
         "task 'output_type: generate_until' 'doc_to_target: a' "
         "'generation_kwargs: {until: x, top_k: hot}'; echo '{\"page\": \"a\"}' > d.json",
         "tasks",
-        "top_k of a task is 'hot'",
+        "generation_kwargs of a task: top_k: 'hot' is not a whole number",
     ),
     (
         "rolling; echo '{' > d.json",
@@ -300,11 +300,6 @@ ROWS = [
     ("", "profile --trace /dev/zero", "/dev/zero is not a regular file; make a trace"),
     ("truncate -s 1T t.json", "trace", "t.json has 1099511627776 bytes"),
     ("truncate -s 1T t.json.gz", "profile --trace t.json.gz", "t.json.gz has 1099511627776 bytes"),
-    (
-        "head -c 1100M /dev/zero | gzip -1 > t.json.gz",
-        "profile --trace t.json.gz",
-        "it unpacks to more than",
-    ),
     ("", "profile --trace text.txt --output_file o.doc", "should end in one of"),
     ("cp text.txt t.json", "trace", "t.json as a chrome trace (JSONDecodeError"),
     ("echo '[]' > t.json", "trace", "t.json as a chrome trace (TypeError"),

@@ -2,6 +2,7 @@
 are chosen for int8 are those that need it."""
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -260,6 +261,13 @@ def test_the_time_of_linears_is_the_wall_time_they_take(folder, monkeypatch, tmp
     last_run = 1e3 * sum(spent[-3 * len(NAMES) :])  # prefill and two steps, profiled
     assert 3 * len(NAMES) * 2 <= last_run <= linear <= total
     assert linear == pytest.approx(last_run, rel=0.15)
+
+
+def test_a_compressed_trace_is_unpacked_only_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, "LONGEST", 2**16)
+    (tmp_path / "t.json.gz").write_bytes(gzip.compress(bytes(2**20)))
+    with pytest.raises(UserError, match="unpacks to more than 65536 bytes"):
+        profiling.read_trace(tmp_path / "t.json.gz")
 
 
 @pytest.mark.parametrize("compile", [[], COMPILED], ids=["eager", "compiled"])
