@@ -188,25 +188,27 @@ class PromptLookup:
         return ids, q.scatter_(1, ids.unsqueeze(1), 1.0)
 
 
-def verify(p: Tensor, ids: Tensor, q: Tensor, generator: torch.Generator) -> Tensor:
+def verify(p: Tensor, tokens: Tensor, ids: Tensor, q: Tensor, generator: torch.Generator) -> Tensor:
     """Accept a prefix of the draft and draw one more token, so that all are distributed as p.
 
-    ids `[k]` were drawn from q `[k, V]`; p `[k + 1, V]` are the target's distributions before each
-    and after the last. Token i is accepted with probability min(1, p/q); the first rejected one is
-    replaced by a draw from max(0, p - q); if all are accepted, one more is drawn from p (Leviathan
-    et al. 2023, arXiv 2211.17192, theorem 1). Returns `[k + 1]`: the accepted ids, the drawn token,
-    then -1.
+    ids `[k]` were drawn from q `[k, V]`; p and tokens `[k + 1, K]`, as `candidates` gives them, are
+    the target's distributions before each and after the last. Token i is accepted with probability
+    min(1, p/q); the first rejected one is replaced by a draw from max(0, p - q); if all are
+    accepted, one more is drawn from p (Leviathan et al. 2023, arXiv 2211.17192, theorem 1). Returns
+    `[k + 1]`: the accepted ids, the drawn token, then -1.
     """
     chance = torch.rand(len(ids), device=p.device, generator=generator)
     at = ids.unsqueeze(1)
-    accepted = chance * q.gather(1, at)[:, 0] < p[:-1].gather(1, at)[:, 0]
+    likely = p[:-1].masked_fill(tokens[:-1] != at, 0).sum(1)
+    accepted = chance * q.gather(1, at)[:, 0] < likely
     count = accepted.long().cumprod(0).sum().view(1)
-    p = p.index_select(0, count)
-    rest = (p - F.pad(q, (0, 0, 0, 1)).index_select(0, count)).clamp_(min=0)
+    p, tokens = p.index_select(0, count), tokens.index_select(0, count)
+    rest = p - F.pad(q, (0, 0, 0, 1)).index_select(0, count).gather(1, tokens)
+    rest = rest.clamp_(min=0)
     rest = torch.where(rest.sum() > 0, rest, p)  # p = q up to rounding
     places = torch.arange(len(ids) + 1, device=ids.device)
     result = F.pad(ids, (0, 1)).masked_fill(places > count, -1)
-    return result.scatter(0, count, draw(rest, generator)[0])
+    return result.scatter(0, count, tokens.gather(1, draw(rest, generator))[0])
 
 
 class Speculator:
@@ -271,12 +273,8 @@ class Speculator:
         kv_len = model.kv_steps(len(text) + len(ids))
         logits = self.engine.decode(idx, input_pos[None], kv_len).logits[0]  # [1 + k, V]
         hooked = shaped(logits, text, ids, hook)
-        if not len(ids):  # as without a draft, sooner than by a distribution over all tokens
-            return send_tokens(sample(hooked, [sampling], [generator]), logits, logprobs)(), 0
-        probs, tokens = candidates(hooked, sampling)
-        p = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, tokens, probs)
-        new = send_tokens(verify(p, ids, q, generator), logits, logprobs)()
-        return [token for token in new if token.id >= 0], len(ids)
+        new = verify(*candidates(hooked, sampling), ids, q, generator)
+        return [t for t in send_tokens(new, logits, logprobs)() if t.id >= 0], len(ids)
 
 
 def speculate(

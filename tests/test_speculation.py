@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import speculate as speculate_module
 from commands import python
 from conftest import CONFIG, ROOT, random_model, seldom, write_checkpoint
 from engine import Engine, Sampling, candidates, generate, sample
 from linear import FEW_ROWS, Linear, linear_for
 from quantize import quantize
-from speculate import DraftModel, PromptLookup, Speculator, speculate, verify
+from speculate import DraftModel, PromptLookup, Speculator, speculate
 from test_generate import PROMPTS, command, options_of, run_rows
 
 GREEDY = Sampling(temperature=0)
@@ -188,6 +189,11 @@ def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
     return (((counts - expected) ** 2)[kept] / expected[kept]).sum().item() / (
         kept.sum().item() - 1
     )
+
+
+def verify(p: torch.Tensor, *rest) -> torch.Tensor:
+    """With distributions over all tokens."""
+    return speculate_module.verify(p, torch.arange(p.shape[1]).expand_as(p), *rest)
 
 
 def verified(verify, n: int) -> tuple[float, float]:
