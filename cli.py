@@ -108,7 +108,7 @@ def parse_object(text: str) -> dict:
 
 
 def named(text: str) -> str:
-    """An argparse type: a name, which reports can hold as they are UTF-8."""
+    """An argparse type: a name that a UTF-8 report can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:

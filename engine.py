@@ -120,7 +120,7 @@ def send_tokens(ids: Tensor, logits: Tensor, logprobs: int | None) -> Callable[.
     The returned function waits for them. It takes which rows are alive (default: all) and raises
     UserError if their logits are NaN or infinite.
     """
-    sent = [ids, (logits.amax(-1) - logits.amin(-1)).isfinite()]
+    sent = [ids, (logits.amax(-1).float() - logits.amin(-1)).isfinite()]
     if logprobs is not None:
         log_probs = logits.float().log_softmax(-1)
         own = log_probs.gather(1, ids.clamp(min=0).unsqueeze(1))[:, 0]

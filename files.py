@@ -67,22 +67,26 @@ def at_file(value: str | None) -> Path | None:
 
 def files_of(checkpoint: Path) -> list[Path]:
     """A checkpoint, a file or a folder, and what it is read with: other files of its folder."""
-    folder, names = checkpoint if os.path.isdir(checkpoint) else checkpoint.parent, [*BESIDE]
+    if not os.path.isdir(checkpoint):
+        return [checkpoint, *(checkpoint.with_name(name) for name in BESIDE)]
+    names = [*BESIDE]
     with contextlib.suppress(OSError):
-        names += [name for name in os.listdir(folder) if name.endswith(WEIGHTS)]
-    return [checkpoint, *(folder / name for name in names)]
+        names += [name for name in os.listdir(checkpoint) if name.endswith(WEIGHTS)]
+    return [checkpoint, *(checkpoint / name for name in names)]
 
 
 def check_outputs(
     outputs: list[Path | None], inputs: list[Path | None], checkpoints: Iterable[Path | None] = ()
 ) -> None:
-    """Raise a UserError if a file cannot be written, is read, too, or is to hold two things."""
+    """Raise a UserError if a file cannot be written, is also an input, or is written twice."""
     files = [Path(os.path.realpath(path)) for path in outputs if path and not is_stream(path)]
     inputs = [*inputs, *(file for path in checkpoints if path for file in files_of(path))]
     read = [Path(os.path.realpath(path)) for path in inputs if path]
     for path in files:
         if sum(path in (other, *other.parents) for other in files + read) > 1:
-            raise UserError(f"{path} is named for two things; name another file to write")
+            raise UserError(
+                f"{path} is read by this run, or written twice; name another file to write"
+            )
         if not is_writable(path):
             raise UserError(f"{path} cannot be written; name a file in a folder of yours")
 

@@ -13,7 +13,7 @@ from tokenizer import Tokenizer
 
 
 def read_stdin(read: Callable[[int], str]) -> str:
-    """What `read` gives of standard input; UserError if it has no end, as that of /dev/zero."""
+    """What `read` gives of standard input; UserError if it does not end, as /dev/zero."""
     text = read(2**26)
     if len(text) == 2**26:
         raise UserError("standard input is longer than any context; pass a text of this model's")

@@ -34,9 +34,9 @@ from linear import Linear
 from model import Transformer
 from tokenizer import Tokenizer
 
-# Verifying one more token takes as long as reading so many bits of every weight: multiplying does
-# not become cheaper with fewer bits. With four tokens and TinyLlama's shape it was 0.9 in bf16 and
-# int8, and 1.4 in int4 (benchmarks.md, "Huge pages", verify 4).
+# Verifying one more token takes about as long as reading so many bits of every weight, however many
+# a weight has. With four tokens and TinyLlama's shape it was 0.9 in bf16 and int8, and 1.4 in int4
+# (benchmarks.md, "The shape of TinyLlama", verify 4).
 VERIFIED_BITS = 1.0
 
 Hook = Callable[[int, list[int], Tensor], Tensor]  # as `shape_logits` of engine.generate
@@ -202,9 +202,8 @@ def verify(p: Tensor, tokens: Tensor, ids: Tensor, q: Tensor, generator: torch.G
     likely = p[:-1].masked_fill(tokens[:-1] != at, 0).sum(1)
     accepted = chance * q.gather(1, at)[:, 0] < likely
     count = accepted.long().cumprod(0).sum().view(1)
+    rest = (p - F.pad(q.gather(1, tokens[:-1]), (0, 0, 0, 1))).index_select(0, count).clamp_(min=0)
     p, tokens = p.index_select(0, count), tokens.index_select(0, count)
-    rest = p - F.pad(q, (0, 0, 0, 1)).index_select(0, count).gather(1, tokens)
-    rest = rest.clamp_(min=0)
     rest = torch.where(rest.sum() > 0, rest, p)  # p = q up to rounding
     places = torch.arange(len(ids) + 1, device=ids.device)
     result = F.pad(ids, (0, 1)).masked_fill(places > count, -1)

@@ -27,7 +27,7 @@ MARK = "\ufdd0"  # Unicode sets this code point aside for use inside programs: n
 
 # No published vocabulary has a sixtieth of this, and no gap in one is as wide.
 MAX_IDS = 2**24
-MAX_GROWTH = 100  # by a normalizer; published ones do not lengthen a text
+MAX_GROWTH = 10**4  # by a normalizer, as `growth` bounds it; published ones lengthen no text
 
 # Byte-level BPE spells a byte as a printable character: itself, or one from U+0100 on.
 OTHERS = [*range(0x21), *range(0x7F, 0xA1), 0xAD]

@@ -462,15 +462,15 @@ def run_all(cases: list[Case], found: dict, args: Namespace) -> None:
 
 
 def main(args: Namespace) -> None:
-    named = args.checkpoint_path
+    given = args.checkpoint_path
     refuse(
-        (args.model and named, "--model makes random weights; leave it or --checkpoint_path out"),
-        (args.draft and not named, "--draft needs real weights; add --checkpoint_path"),
+        (args.model and given, "--model makes random weights; leave it or --checkpoint_path out"),
+        (args.draft and not given, "--draft needs real weights; add --checkpoint_path"),
     )
     drafts = [Path(args.draft)] if args.draft not in (None, "lookup") else []
-    checkpoints = [named or (None if args.model else DEFAULT_CHECKPOINT), *drafts]
+    checkpoints = [given or (None if args.model else DEFAULT_CHECKPOINT), *drafts]
     check_outputs([args.json, args.markdown], [], checkpoints)
-    path = named or (None if args.model else default_checkpoint())
+    path = given or (None if args.model else default_checkpoint())
     args = replaced(args, checkpoint_path=path)
     cases = find_cases(args)
     check_peers(cases, args)

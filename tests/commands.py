@@ -72,6 +72,7 @@ def python(root: Path = ROOT) -> tuple[str, ...]:
     listener.bind(address)
     listener.listen(64)
     command = [sys.executable, __file__, "serve", str(listener.fileno()), str(root)]
+    command.append(str(os.getpid()))
     env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # fewer to copy in forks
     subprocess.Popen(command, pass_fds=[listener.fileno()], start_new_session=True, env=env)
     listener.close()
@@ -82,8 +83,11 @@ def python(root: Path = ROOT) -> tuple[str, ...]:
 # ---- The server --------------------------------------------------------------------------------
 
 
-def serve(listener: socket.socket, root: str) -> None:
-    """Fork a child for every client that calls, tell it how the child ends, and end it without."""
+def serve(listener: socket.socket, root: str, parent: int) -> None:
+    """Fork a child for every client that calls, tell it how the child ends, and end it without.
+
+    However the tests end, so does this: it is then another process's child.
+    """
     sys.path.insert(0, root)
     for name in LOADED:
         importlib.import_module(name)
@@ -96,12 +100,12 @@ def serve(listener: socket.socket, root: str) -> None:
     signal.set_wakeup_fd(wake.fileno())
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     children: dict[socket.socket, int] = {}  # process ids by client
-    parent = os.getppid()
-    while os.getppid() == parent:  # however the tests end, this ends
+    while os.getppid() == parent:
         for ready in select.select([listener, ended, *children], [], [], 1)[0]:
             if ready is listener:
                 client, _ = listener.accept()
-                children[client] = start(client)
+                with contextlib.suppress(OSError, ValueError):  # it may be gone already
+                    children[client] = start(client)
             elif ready is ended:
                 ended.recv(4096)
             else:  # a client has gone
@@ -131,6 +135,7 @@ def kill(child: int) -> None:
 
 def start(client: socket.socket) -> int:
     """Fork the child that a client asks for, and tell it the child's process id."""
+    client.settimeout(10)
     _, streams, *_ = socket.recv_fds(client, 1, 3)
     request = json.loads(client.makefile().readline())
     child = os.fork()
@@ -246,6 +251,6 @@ def call(address: str, argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3])
+        serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3], int(sys.argv[4]))
     else:
         sys.exit(call(sys.argv[1], sys.argv[2:]))

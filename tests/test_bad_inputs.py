@@ -326,7 +326,7 @@ def moved(name: str, place: str) -> Row:
         (folder / "made").mkdir()
         (folder / "model.gguf").rename(folder / place)
 
-    return "named for two things", spoil, [*GGUF[:1], "--gguf", name, *GGUF[3:]]
+    return "or written twice", spoil, [*GGUF[:1], "--gguf", name, *GGUF[3:]]
 
 
 def flags(needle: str, *more: str, base: list[str] = GENERATE) -> Row:
@@ -1078,23 +1078,23 @@ ROWS = [
         }.items()
         for value in values
     ),
-    flags("named for two things", "--json", "x.json", "--profile", "x.json"),
+    flags("or written twice", "--json", "x.json", "--profile", "x.json"),
     *(
-        flags("named for two things", "--json", name)
+        flags("or written twice", "--json", name)
         for name in ("model.pth", "config.json", "tokenizer.json", "generation_config.json")
     ),
-    flags("named for two things", "--profile", "tokenizer_config.json"),
+    flags("or written twice", "--profile", "tokenizer_config.json"),
     moved("made/model.pth", "made/model.pth"),
     moved("made/../made/config.json", "made/config.json"),
     (
-        "named for two things",
+        "or written twice",
         lambda f: (f / "hf/model.pth").symlink_to("config.json"),
         CONVERT,
     ),
-    flags("named for two things", "--json", "context.txt", base=CONTEXT),
-    flags("named for two things", "--json", "c", "--prefill_cache", "c", base=CONTEXT),
-    flags("named for two things", "--profile", "c", "--prefill_cache", "c/d", base=CONTEXT),
-    flags("named for two things", "--profile", "hf/../model.pth"),
+    flags("or written twice", "--json", "context.txt", base=CONTEXT),
+    flags("or written twice", "--json", "c", "--prefill_cache", "c", base=CONTEXT),
+    flags("or written twice", "--profile", "c", "--prefill_cache", "c/d", base=CONTEXT),
+    flags("or written twice", "--profile", "hf/../model.pth"),
     flags("--interactive", "--interactive"),
     flags("--jsonl", "--jsonl"),
     flags("--jsonl", "--jsonl", "--interactive", base=GENERATE[:-2]),

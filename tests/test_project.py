@@ -151,6 +151,15 @@ def test_links_lead_somewhere(page):
         assert not heading or heading in names, target
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks.md"], ids=lambda page: page.name)
+def test_a_row_of_a_table_has_a_cell_for_each_column(page):
+    columns = 0
+    for line in page.read_text().splitlines():
+        bars = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert not bars or not columns or bars == columns, line
+        columns = bars
+
+
 def test_the_tests_named_for_exactness_exist():
     names = re.findall(r"(\w+\.py)?::(\w+)", (ROOT / "docs" / "exactness.md").read_text())
     assert len(names) >= 15
