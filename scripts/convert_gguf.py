@@ -82,10 +82,10 @@ PUBLISHED = {name: key for key, name in NUMBERS.items()} | {
 class Reader(GGUFReader):
     """A GGUFReader that ends with the file: its own takes what lies beyond for empty arrays."""
 
-    def _get(self, offset: int, dtype: type, count: int = 1, **order) -> np.ndarray:
+    def _get(self, offset: int, dtype: type, count: int = 1, *order, **named) -> np.ndarray:
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError(f"it ends after {len(self.data)} bytes")
-        return super()._get(offset, dtype, count, **order)
+        return super()._get(offset, dtype, count, *order, **named)
 
 
 def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
