@@ -79,7 +79,7 @@ def explaining(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         what = f"transformers cannot run the folder {path} ({reason})"
-        raise UserError(f"{what}; is it as published? A model.pth needs no transformers") from None
+        raise UserError(f"{what}; fetch it again, or name a model.pth made of it") from None
 
 
 class HuggingFace:

@@ -44,7 +44,7 @@ def inverse_root(hessian: Tensor, percdamp: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(reverse + damping * mean * eye)
         if not failed and lower.isfinite().all():
             return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-    raise UserError("the inputs of a matrix are NaN or infinite; is the checkpoint damaged?")
+    raise UserError("inputs of a matrix are NaN or infinite; convert the checkpoint again")
 
 
 def gptq(
@@ -190,8 +190,8 @@ def check_inputs(name: str, hessian: Tensor | list[Tensor | None]) -> None:
     for own in [hessian] if isinstance(hessian, Tensor) else hessian:
         if own is not None and not own.diagonal().isfinite().all():
             raise UserError(
-                f"on the calibration text, inputs of {name} are NaN or infinite in bfloat16; "
-                "is the checkpoint damaged?"
+                f"on the calibration text, inputs of {name} are NaN or infinite in bfloat16: the "
+                "checkpoint is damaged, or made for a wider precision; convert it again"
             )
 
 

@@ -83,8 +83,8 @@ def fuse(model: nn.Module) -> Callable | None:
 class HugePages:
     """Memory for packed weights, one after the other in chunks of huge pages.
 
-    With pages of 4 kB decoding had 0.6 to 1.0 of the speed (benchmarks.md). A chunk is freed with
-    the last tensor in it, but for the one being filled; what is never written takes no memory.
+    With pages of 4 kB decoding ran at 0.6 to 1.0 times the speed (benchmarks.md). A chunk is freed
+    with the last tensor in it, but for the one being filled; what is never written takes no memory.
     """
 
     CHUNK, ALIGNMENT = 2**26, 64  # bytes

@@ -193,7 +193,7 @@ def run_child(
     except SystemExit as exit:
         if exit.code is not None and not isinstance(exit.code, int):
             print(exit.code, file=sys.stderr)
-        end(exit.code if isinstance(exit.code, int) else int(exit.code is not None))
+        end(exit.code & 0xFF if isinstance(exit.code, int) else int(exit.code is not None))
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         end(-signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)

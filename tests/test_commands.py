@@ -29,6 +29,7 @@ def both(script: str) -> list[subprocess.CompletedProcess]:
         "$PYTHON -m json.tool --compact",
         "cd /; A=b $PYTHON -c 'import os; print(os.getcwd(), os.environ[\"A\"])'",
         "$PYTHON -c 'import sys; sys.exit(7)'",
+        "$PYTHON -c 'import sys; sys.exit(-1)'",
         "$PYTHON -c 'import sys; sys.exit(\"said\")'",
         "$PYTHON -c 'raise KeyboardInterrupt' 2> /dev/null",
         "$PYTHON -c 'import atexit; atexit.register(print, 1); print(2)'",
