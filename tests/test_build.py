@@ -55,7 +55,7 @@ def start(source: Path, **variables) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     command = [*python(), "-c", TWICE, source, FLAGS]
     variables["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
-    env = {"PATH": "/usr/bin:/bin"} | variables
+    env = {"PATH": os.environ["PATH"]} | variables
     return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
 
 
